@@ -1,0 +1,391 @@
+//! From a row of logits to a token: the plain implementation, which is the specification for devices that
+//! sample on their own.
+//!
+//! Order: logit bias, repetition penalty, presence and frequency penalties, banned tokens; then greedy, or
+//! temperature, top-k, top-p, min-p and one draw. Randomness is an input: [`uniform`] of the request's seed
+//! and the token's index, so a request's luck depends on nothing but itself.
+//!
+//! This file does not know why a token is banned or what ends a sequence; that is the engine's policy.
+
+use std::collections::HashMap;
+
+use thiserror::Error;
+
+/// How a sequence's tokens are taken.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SampleParams {
+    /// Softens (> 1) or sharpens (< 1) the distribution; 0 takes the likeliest token.
+    pub temperature: f32,
+    /// Keeps the `top_k` likeliest tokens; 0 keeps all.
+    pub top_k: u32,
+    /// Keeps the fewest likeliest tokens whose probabilities sum to at least `top_p`; 1 keeps all.
+    pub top_p: f32,
+    /// Keeps tokens at least `min_p` times as likely as the likeliest; 0 keeps all.
+    pub min_p: f32,
+    /// Subtracted from the logit of every token already generated.
+    pub presence_penalty: f32,
+    /// Subtracted once per time that the token was already generated.
+    pub frequency_penalty: f32,
+    /// Divides positive and multiplies negative logits of tokens in the prompt or the output; 1 is off.
+    pub repetition_penalty: f32,
+    /// Added to the logits of single tokens.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Seed of the sequence's draws.
+    pub seed: u64,
+}
+
+impl Default for SampleParams {
+    fn default() -> Self {
+        Self {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            repetition_penalty: 1.0,
+            logit_bias: Vec::new(),
+            seed: 0,
+        }
+    }
+}
+
+impl SampleParams {
+    /// Always the likeliest token.
+    pub fn greedy() -> Self {
+        Self { temperature: 0.0, ..Self::default() }
+    }
+
+    fn has_penalties(&self) -> bool {
+        self.presence_penalty != 0.0 || self.frequency_penalty != 0.0 || self.repetition_penalty != 1.0
+    }
+}
+
+/// What to do with one row of logits.
+#[derive(Debug, Clone, Copy)]
+pub struct SampleRow<'a> {
+    /// How to take the token.
+    pub params: &'a SampleParams,
+    /// The prompt, for the repetition penalty.
+    pub prompt: &'a [u32],
+    /// The tokens generated so far, for the penalties; their number indexes the draw.
+    pub output: &'a [u32],
+    /// Tokens that must not be taken now (an end of sequence before `min_tokens`).
+    pub banned: &'a [u32],
+    /// Take this token whatever the logits say: its log-probability is all that is wanted (prompt scoring).
+    pub forced: Option<u32>,
+    /// Report log-probabilities: the token's own, and of this many likeliest tokens.
+    pub num_logprobs: Option<u32>,
+}
+
+/// A token and its natural log-probability under the model's own distribution (before bias, penalties and
+/// temperature).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TokenLogprob {
+    /// Token id.
+    pub token: u32,
+    /// Natural logarithm of its probability.
+    pub logprob: f32,
+    /// How many tokens are likelier, plus one.
+    pub rank: u32,
+}
+
+/// One taken token.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampled {
+    /// Token id.
+    pub token: u32,
+    /// The taken token's log-probability, if the row asked for any.
+    pub logprob: Option<TokenLogprob>,
+    /// The likeliest tokens, likeliest first, if the row asked for them.
+    pub top_logprobs: Vec<TokenLogprob>,
+}
+
+/// A row of logits with no largest finite value: the model's weights or inputs are broken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("the model produced logits that are not finite numbers")]
+pub struct NonFiniteLogits;
+
+/// Takes one token from `logits` `[vocab]`.
+///
+/// # Errors
+/// [`NonFiniteLogits`] if a logit is NaN or positive infinity, or none is finite.
+pub fn sample_row(logits: &[f32], row: &SampleRow<'_>) -> Result<Sampled, NonFiniteLogits> {
+    let max = logits.iter().fold(f32::NEG_INFINITY, |max, &x| if x <= max { max } else { x });
+    if !max.is_finite() || logits.iter().any(|x| x.is_nan()) {
+        return Err(NonFiniteLogits);
+    }
+    let token = match row.forced {
+        Some(token) => token,
+        None => take_token(logits, row),
+    };
+    let Some(num_logprobs) = row.num_logprobs else {
+        return Ok(Sampled { token, logprob: None, top_logprobs: Vec::new() });
+    };
+    let log_sum = f64::from(max) + logits.iter().map(|&x| f64::from(x - max).exp()).sum::<f64>().ln();
+    let logprob = |token: u32| (f64::from(logits[token as usize]) - log_sum) as f32;
+    let top = likeliest(logits, num_logprobs as usize);
+    let top_logprobs =
+        top.into_iter().zip(1..).map(|(token, rank)| TokenLogprob { token, logprob: logprob(token), rank });
+    let own = logits[token as usize];
+    let rank = 1 + logits.iter().filter(|&&x| x > own).count() as u32;
+    Ok(Sampled {
+        token,
+        logprob: Some(TokenLogprob { token, logprob: logprob(token), rank }),
+        top_logprobs: top_logprobs.collect(),
+    })
+}
+
+fn take_token(logits: &[f32], row: &SampleRow<'_>) -> u32 {
+    let params = row.params;
+    let untouched = params.logit_bias.is_empty() && row.banned.is_empty() && !params.has_penalties();
+    let adjusted;
+    let logits = if untouched {
+        logits
+    } else {
+        adjusted = adjust(logits, row);
+        &adjusted
+    };
+    if params.temperature == 0.0 || params.top_k == 1 {
+        return argmax(logits);
+    }
+    let candidates = Candidates::new(logits, params.temperature).keep_top_k(params.top_k);
+    candidates
+        .keep_top_p(params.top_p)
+        .keep_min_p(params.min_p)
+        .draw(uniform(params.seed, row.output.len() as u64))
+}
+
+/// The logits after bias, penalties and bans.
+fn adjust(logits: &[f32], row: &SampleRow<'_>) -> Vec<f32> {
+    let params = row.params;
+    let mut logits = logits.to_vec();
+    for &(token, bias) in &params.logit_bias {
+        logits[token as usize] += bias;
+    }
+    if params.has_penalties() {
+        let mut output_counts: HashMap<u32, u32> = HashMap::new();
+        row.output.iter().for_each(|&token| *output_counts.entry(token).or_default() += 1);
+        let mut seen = output_counts.clone();
+        row.prompt.iter().for_each(|&token| *seen.entry(token).or_default() += 1);
+        for &token in seen.keys() {
+            let logit = &mut logits[token as usize];
+            *logit = if *logit > 0.0 {
+                *logit / params.repetition_penalty
+            } else {
+                *logit * params.repetition_penalty
+            };
+        }
+        for (&token, &count) in &output_counts {
+            logits[token as usize] -= params.presence_penalty + params.frequency_penalty * count as f32;
+        }
+    }
+    for &token in row.banned {
+        logits[token as usize] = f32::NEG_INFINITY;
+    }
+    logits
+}
+
+/// The largest logit's token, the lowest id on a tie.
+fn argmax(logits: &[f32]) -> u32 {
+    let best = (0..logits.len()).reduce(|best, i| if logits[i] > logits[best] { i } else { best });
+    best.expect("a vocabulary is not empty") as u32
+}
+
+/// The `count` tokens with the largest logits, largest first, the lower id first on a tie.
+fn likeliest(logits: &[f32], count: usize) -> Vec<u32> {
+    let mut tokens: Vec<u32> = (0..logits.len() as u32).collect();
+    let order = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+    let count = count.min(tokens.len());
+    if count == 0 {
+        return Vec::new();
+    }
+    if count < tokens.len() {
+        tokens.select_nth_unstable_by(count - 1, order);
+        tokens.truncate(count);
+    }
+    tokens.sort_unstable_by(order);
+    tokens
+}
+
+/// The tokens still in the draw with their unnormalised probabilities.
+///
+/// Sorted by falling probability once a filter has asked for it, by token id until then; either way the
+/// order, and so the rounding of every sum, depends on the row alone.
+struct Candidates {
+    tokens: Vec<(u32, f64)>,
+    sorted: bool,
+}
+
+impl Candidates {
+    fn new(logits: &[f32], temperature: f32) -> Self {
+        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let probability = |logit: f32| (f64::from(logit - max) / f64::from(temperature)).exp();
+        let tokens = logits.iter().zip(0..).map(|(&logit, token)| (token, probability(logit)));
+        Self { tokens: tokens.filter(|&(_, p)| p > 0.0).collect(), sorted: false }
+    }
+
+    fn by_falling_probability(a: &(u32, f64), b: &(u32, f64)) -> std::cmp::Ordering {
+        b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
+    }
+
+    fn keep_top_k(mut self, top_k: u32) -> Self {
+        let top_k = top_k as usize;
+        if top_k == 0 || top_k >= self.tokens.len() {
+            return self;
+        }
+        self.tokens.select_nth_unstable_by(top_k - 1, Self::by_falling_probability);
+        self.tokens.truncate(top_k);
+        self.sort()
+    }
+
+    fn keep_top_p(mut self, top_p: f32) -> Self {
+        if top_p >= 1.0 {
+            return self;
+        }
+        self = self.sort();
+        let wanted = f64::from(top_p) * self.total();
+        let mut sum = 0.0;
+        let reaches = |(_, p): &(u32, f64)| {
+            sum += p;
+            sum >= wanted
+        };
+        if let Some(last) = self.tokens.iter().position(reaches) {
+            self.tokens.truncate(last + 1);
+        }
+        self
+    }
+
+    fn keep_min_p(mut self, min_p: f32) -> Self {
+        // The likeliest token has probability exp(0) = 1 before normalisation.
+        self.tokens.retain(|&(_, p)| p >= f64::from(min_p));
+        self
+    }
+
+    fn draw(self, uniform: f64) -> u32 {
+        let target = uniform * self.total();
+        let mut sum = 0.0;
+        for &(token, p) in &self.tokens {
+            sum += p;
+            if target < sum {
+                return token;
+            }
+        }
+        self.tokens.last().expect("the likeliest token is never filtered out").0
+    }
+
+    fn total(&self) -> f64 {
+        self.tokens.iter().map(|&(_, p)| p).sum()
+    }
+
+    fn sort(mut self) -> Self {
+        if !self.sorted {
+            self.tokens.sort_unstable_by(Self::by_falling_probability);
+            self.sorted = true;
+        }
+        self
+    }
+}
+
+/// The draw for the `index`-th generated token of a sequence with this seed, in `0.0..1.0` with 53 bits.
+pub fn uniform(seed: u64, index: u64) -> f64 {
+    let bits = mix64(mix64(seed).wrapping_add(index.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
+    (bits >> 11) as f64 * (1.0 / (1u64 << 53) as f64)
+}
+
+/// A bijective hash of 64 bits (the finaliser of SplitMix64; Steele, Lea and Flood, OOPSLA 2014).
+pub fn mix64(x: u64) -> u64 {
+    let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(params: &SampleParams) -> SampleRow<'_> {
+        SampleRow { params, prompt: &[], output: &[], banned: &[], forced: None, num_logprobs: None }
+    }
+
+    fn distribution(logits: &[f32], params: &SampleParams) -> Vec<f64> {
+        let draws = 20_000;
+        let mut counts = vec![0.0; logits.len()];
+        for seed in 0..draws {
+            let params = SampleParams { seed, ..params.clone() };
+            counts[sample_row(logits, &row(&params)).unwrap().token as usize] += 1.0 / draws as f64;
+        }
+        counts
+    }
+
+    #[track_caller]
+    fn check_distribution(params: SampleParams, expected: [f64; 4]) {
+        let logits = [0.4f32, 0.3, 0.2, 0.1].map(f32::ln);
+        let got = distribution(&logits, &params);
+        assert!(got.iter().zip(expected).all(|(a, b)| (a - b).abs() < 0.015), "{got:?} is not {expected:?}");
+    }
+
+    #[test]
+    fn draws_follow_the_filtered_distribution() {
+        let default = SampleParams::default;
+        check_distribution(default(), [0.4, 0.3, 0.2, 0.1]);
+        check_distribution(SampleParams { top_k: 2, ..default() }, [4.0 / 7.0, 3.0 / 7.0, 0.0, 0.0]);
+        check_distribution(SampleParams { top_p: 0.65, ..default() }, [4.0 / 7.0, 3.0 / 7.0, 0.0, 0.0]);
+        check_distribution(SampleParams { min_p: 0.45, ..default() }, [4.0 / 9.0, 3.0 / 9.0, 2.0 / 9.0, 0.0]);
+        check_distribution(
+            SampleParams { temperature: 0.5, ..default() },
+            [16. / 30., 9. / 30., 4. / 30., 1. / 30.],
+        );
+        check_distribution(SampleParams::greedy(), [1.0, 0.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn bias_penalties_and_bans_move_the_choice() {
+        let logits = [2.0, 1.9, -1.0, 0.0];
+        let take = |params: SampleParams, output: &[u32], banned: &[u32]| {
+            let row = SampleRow { output, banned, ..row(&params) };
+            sample_row(&logits, &row).unwrap().token
+        };
+        let greedy = SampleParams::greedy;
+        assert_eq!(take(greedy(), &[], &[]), 0);
+        assert_eq!(take(greedy(), &[], &[0]), 1);
+        assert_eq!(take(SampleParams { logit_bias: vec![(2, 10.0)], ..greedy() }, &[], &[]), 2);
+        assert_eq!(take(SampleParams { presence_penalty: 0.2, ..greedy() }, &[0], &[]), 1);
+        assert_eq!(take(SampleParams { frequency_penalty: 0.06, ..greedy() }, &[0, 0], &[]), 1);
+        assert_eq!(take(SampleParams { repetition_penalty: 1.1, ..greedy() }, &[0], &[]), 1);
+    }
+
+    #[test]
+    fn logprobs_come_from_the_models_own_distribution() {
+        let logits = [0.4f32, 0.3, 0.2, 0.1].map(f32::ln);
+        let params = SampleParams { logit_bias: vec![(3, 100.0)], ..SampleParams::greedy() };
+        let sampled = sample_row(&logits, &SampleRow { num_logprobs: Some(2), ..row(&params) }).unwrap();
+        let own = sampled.logprob.unwrap();
+        assert_eq!((sampled.token, own.rank), (3, 4));
+        assert!((own.logprob - 0.1f32.ln()).abs() < 1e-6);
+        assert_eq!(sampled.top_logprobs.iter().map(|t| t.token).collect::<Vec<_>>(), [0, 1]);
+
+        let forced = SampleRow { forced: Some(2), num_logprobs: Some(0), ..row(&params) };
+        let sampled = sample_row(&logits, &forced).unwrap();
+        assert_eq!((sampled.token, sampled.top_logprobs.len()), (2, 0));
+    }
+
+    #[test]
+    fn broken_logits_are_an_error_and_not_a_token() {
+        let params = SampleParams::greedy();
+        for logits in [[f32::NAN, 1.0], [f32::INFINITY, 1.0], [f32::NEG_INFINITY; 2]] {
+            assert_eq!(sample_row(&logits, &row(&params)), Err(NonFiniteLogits), "{logits:?}");
+        }
+        assert!(sample_row(&[f32::NEG_INFINITY, 1.0], &row(&params)).is_ok());
+    }
+
+    #[test]
+    fn the_same_seed_and_index_draw_the_same_number() {
+        assert_eq!(uniform(1, 2), uniform(1, 2));
+        assert_ne!(uniform(1, 2), uniform(1, 3));
+        assert_ne!(uniform(1, 2), uniform(2, 2));
+        let mean = (0..10_000).map(|i| uniform(9, i)).sum::<f64>() / 10_000.0;
+        assert!((mean - 0.5).abs() < 0.01, "{mean}");
+    }
+}

@@ -1,0 +1,217 @@
+"""From examples to batches: the mixture of skills, loss weights per token, and packing.
+
+A document is one conversation or one running text. Its tokens weigh 1 where the model speaks and
+little where the user does: a random question cannot be predicted. A batch is flat: documents are
+grouped by padded length, so that attention never crosses documents and padding stays small.
+
+`python data.py` prints the mixture and a few documents of each skill.
+"""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+import skills
+import tables
+import toolcalls
+from skills import Draw, Example, assistant
+
+PROMPT_WEIGHT = 0.1
+FILLER_WEIGHT = 0.05
+LENGTHS = [
+    *range(8, 32, 4),
+    *range(32, 96, 8),
+    *range(96, 192, 16),
+    *range(192, 320, 32),
+    *range(320, 512, 64),
+    *range(512, 1024, 128),
+    *range(1024, 2049, 256),
+]
+SHORTEST_FILLER, LONGEST_FILLER = 4, 150  # sentences in a passkey prompt, about nine tokens each
+
+# Documents per skill, relative. A dialogue joins several short skills.
+MIXTURE = {
+    "arithmetic": 9,
+    "running_sums": 10,
+    "facts": 9,
+    "strings": 13,
+    "extract_json": 6,
+    "python": 5,
+    "story": 2.5,
+    "translate": 8,
+    "greeting": 1.5,
+    "memory": 9,
+    "unknown": 5,
+    "running_text": 3,
+    "tools": 9,
+    "passkey": 3,
+    "dialogue": 8,
+}
+SHORT_SKILLS = [
+    skills.arithmetic,
+    skills.arithmetic,
+    skills.facts,
+    skills.strings,
+    skills.strings,
+    skills.extract_json,
+    skills.python,
+    skills.translate,
+    skills.greeting,
+    skills.unknown,
+]
+
+
+def passkey_up_to(d: Draw, progress: float) -> Example:
+    """A passkey whose longest filler grows over the first half of training."""
+    longest = SHORTEST_FILLER + (LONGEST_FILLER - SHORTEST_FILLER) * min(1.0, 2 * progress)
+    return skills.passkey(d, int(SHORTEST_FILLER + (longest - SHORTEST_FILLER) * d.random()))
+
+
+def dialogue(d: Draw) -> Example:
+    """Two to four unrelated questions in a row, all of them answered."""
+    turns = [skill(d) for skill in d.choices(SHORT_SKILLS, k=d.randint(2, 4))]
+    *earlier, last = turns
+    messages = [m for turn in earlier for m in (*turn.messages, assistant(turn.answer))]
+    return Example("dialogue", last.answer, messages + last.messages)
+
+
+def draw_example(d: Draw, progress: float = 1.0) -> Example:
+    """Draws one training example; now and then a system prompt that changes nothing."""
+    name = d.choices(list(MIXTURE), list(MIXTURE.values()))[0]
+    if name == "passkey":
+        return passkey_up_to(d, progress)
+    if name == "dialogue":
+        example = dialogue(d)
+    else:
+        example = getattr(toolcalls if name == "tools" else skills, name)(d)
+    if example.messages and d.random() < 0.08:
+        system = {"role": "system", "content": d.choice(tables.SYSTEM_PROMPTS)}
+        example.messages = [system, *example.messages]
+    return example
+
+
+class Renderer:
+    """Turns examples into text and token ids, exactly as an inference server would."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        self.tokenizer = tokenizer
+        names = ["[INST]", "[/INST]", "[/TOOL_RESULTS]", "</s>", "▁=", "<0x0A>"]
+        ids = tokenizer.convert_tokens_to_ids(names)
+        self.inst, self.end_inst, self.end_results, self.eos, self.equals, self.line_end = ids
+
+    def prompt_text(self, example: Example) -> str:
+        if not example.messages:
+            return "<s>" * bool(example.prompt) + example.prompt
+        return self.tokenizer.apply_chat_template(example.messages, tools=example.tools, tokenize=False)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+    def prompt_ids(self, example: Example) -> list[int]:
+        if not example.messages:
+            return self.tokenizer.backend_tokenizer.encode(example.prompt).ids
+        return self.encode(self.prompt_text(example))
+
+    def answer_ids(self, example: Example) -> list[int]:
+        """The tokens the model must emit, the end of the turn included."""
+        if not example.messages:
+            whole = self.tokenizer.backend_tokenizer.encode(example.prompt + example.answer).ids
+            return whole[len(self.prompt_ids(example)) :] + [self.eos]
+        text = f"[TOOL_CALLS] {example.answer}" if example.is_call else f" {example.answer}"
+        return [*self.encode(text), self.eos]
+
+    def document(self, example: Example) -> tuple[list[int], list[float]]:
+        """Token ids and the loss weight of each as a target."""
+        prompt, answer = self.prompt_ids(example), self.answer_ids(example)
+        if example.skill == "sums":
+            return prompt + answer, self.weigh_sums(prompt + answer)
+        if not example.messages:
+            return prompt + answer, [1.0] * (len(prompt) + len(answer))
+        low = FILLER_WEIGHT if example.filler else PROMPT_WEIGHT
+        weights = [low] * len(prompt)
+        if self.end_results not in prompt:
+            self.weigh_earlier_answers(prompt, weights)
+        return prompt + answer, weights + [1.0] * len(answer)
+
+    def weigh_earlier_answers(self, prompt: list[int], weights: list[float]) -> None:
+        speaking = False
+        for i, token in enumerate(prompt):
+            speaking = speaking and token != self.inst
+            if speaking:
+                weights[i] = 1.0
+            speaking = (speaking or token == self.end_inst) and token != self.eos
+
+    def weigh_sums(self, ids: list[int]) -> list[float]:
+        """Running sums: what stands between an equals sign and the end of the line is the answer."""
+        weights, speaking = [], False
+        for token in ids:
+            weights.append(1.0 if speaking else PROMPT_WEIGHT)
+            speaking = (speaking or token == self.equals) and token != self.line_end
+        return weights
+
+
+@dataclass
+class Batch:
+    """Documents of equal padded length lie together: `groups` lists (documents, length) in order."""
+
+    tokens: np.ndarray  # int64 [tokens]
+    targets: np.ndarray  # int64 [tokens], the next token
+    weights: np.ndarray  # float32 [tokens], 0 on padding
+    groups: list[tuple[int, int]]
+
+
+def pack(documents: list[tuple[list[int], list[float]]]) -> Batch:
+    """Pads each document to the next length of `LENGTHS` and lays equal lengths side by side."""
+    by_length: dict[int, list[tuple[list[int], list[float]]]] = {}
+    for ids, weights in documents:
+        length = next(n for n in LENGTHS if n >= len(ids) - 1)
+        by_length.setdefault(length, []).append((ids, weights))
+    total = sum(length * len(group) for length, group in by_length.items())
+    batch = Batch(
+        np.zeros(total, np.int64), np.zeros(total, np.int64), np.zeros(total, np.float32), []
+    )
+    start = 0
+    for length in sorted(by_length):
+        for ids, weights in by_length[length]:
+            used = slice(start, start + len(ids) - 1)
+            batch.tokens[used], batch.targets[used] = ids[:-1], ids[1:]
+            batch.weights[used] = weights[1:]
+            start += length
+        batch.groups.append((len(by_length[length]), length))
+    return batch
+
+
+def draw_batch(d: Draw, renderer: Renderer, num_tokens: int, progress: float) -> Batch:
+    """Draws documents until they hold `num_tokens` tokens."""
+    documents, drawn = [], 0
+    while drawn < num_tokens:
+        documents.append(renderer.document(draw_example(d, progress)))
+        drawn += len(documents[-1][0])
+    return pack(documents)
+
+
+def corpus(seed: int, num_documents: int) -> list[str]:
+    """Text to train the tokenizer on: words of the conversations, without the template."""
+    d = Draw(seed, "train")
+    texts = []
+    for _ in range(num_documents):
+        example = draw_example(d, progress=0.1)
+        messages = [str(m.get("content", "")) for m in example.messages]
+        texts += [*messages, example.prompt + example.answer]
+        if example.tools:
+            texts.append(str(example.tools).replace("'", '"'))
+    return texts
+
+
+def main() -> None:
+    """Prints a few examples of each skill of both splits."""
+    for split in ("train", "eval"):
+        d = Draw(0, split)
+        for example in random.Random(0).sample([draw_example(d, 0.02) for _ in range(400)], 24):
+            print(f"{split} {example.skill}: {example.messages or example.prompt} => {example.answer!r}")
+
+
+if __name__ == "__main__":
+    main()

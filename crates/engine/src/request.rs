@@ -1,0 +1,100 @@
+//! What a client asked ([`Request`]) and what it is told ([`Event`] through an [`EventSink`]), in token ids.
+
+use std::time::Duration;
+
+use model::{SampleParams, Sampled, TokenLogprob};
+
+/// What a client asked. Immutable once submitted.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Request {
+    /// Names the request in logs; not necessarily unique.
+    pub id: String,
+    /// Prompt token ids; at least one.
+    pub prompt: Vec<u32>,
+    /// Number of independent continuations (`n`), which share the prompt's blocks.
+    pub num_choices: u32,
+    /// How tokens are taken. Choice `i` draws with seed `mix64(seed + i)` for `i > 0`, with `seed` for 0.
+    pub sampling: SampleParams,
+    /// Most tokens to generate per choice; 0 scores the prompt and generates nothing.
+    pub max_tokens: u32,
+    /// Tokens to generate before `eos_token_ids` and `stop_token_ids` may be taken.
+    pub min_tokens: u32,
+    /// The model's own ends of sequence; they finish a choice unless `ignore_eos`.
+    pub eos_token_ids: Vec<u32>,
+    /// Generates past the ends of sequence.
+    pub ignore_eos: bool,
+    /// Further tokens that finish a choice.
+    pub stop_token_ids: Vec<u32>,
+    /// Reports log-probabilities of generated tokens, and of this many likeliest alternatives.
+    pub num_logprobs: Option<u32>,
+    /// Reports log-probabilities of prompt tokens, and of this many likeliest alternatives.
+    pub num_prompt_logprobs: Option<u32>,
+    /// Lower runs earlier; equal priorities run in order of arrival.
+    pub priority: i32,
+    /// Time from submission after which the request ends with [`FinishReason::Deadline`].
+    pub deadline: Option<Duration>,
+    /// Requests share cached prefixes only with requests of the same salt.
+    pub cache_salt: Option<String>,
+}
+
+/// Why a choice ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum FinishReason {
+    /// A token of `eos_token_ids` or `stop_token_ids` was taken; it is the last token sent.
+    Stop,
+    /// `max_tokens` or the model's context is used up.
+    Length,
+    /// The client left, or stopped reading.
+    Cancelled,
+    /// The request's deadline passed.
+    Deadline,
+    /// The engine is shutting down and will not finish this choice.
+    Shutdown,
+    /// The model or its device failed.
+    Error,
+}
+
+/// One prompt token's log-probability given the tokens before it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PromptLogprob {
+    /// The token itself.
+    pub logprob: TokenLogprob,
+    /// The likeliest tokens in its place, likeliest first.
+    pub top_logprobs: Vec<TokenLogprob>,
+}
+
+/// What a client is told about one choice, in this order:
+/// `Started (PromptLogprobs)? Token* Finished`. A choice that ends while it waits has no `Started`.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// The choice was scheduled for the first time.
+    Started {
+        /// Prompt tokens whose keys and values came from the prefix cache.
+        num_cached_tokens: u32,
+        /// Time between submission and this step.
+        queue_time: Duration,
+    },
+    /// The whole prompt was scored (choice 0 only). The first entry is `None`: nothing precedes it.
+    PromptLogprobs(Vec<Option<PromptLogprob>>),
+    /// One more token.
+    Token(Sampled),
+    /// The choice ended; nothing follows.
+    Finished(FinishReason),
+}
+
+/// The client is gone, or has let its events pile up to the sink's limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SinkClosed;
+
+/// The bounded way out to the reader of one choice. The engine never waits on it: a reader that is gone or
+/// has stalled is cancelled, and its blocks are free in the same step.
+pub trait EventSink: Send {
+    /// Hands over an event without blocking.
+    ///
+    /// # Errors
+    /// [`SinkClosed`] if the reader is gone or its buffer is full.
+    fn send(&mut self, event: Event) -> Result<(), SinkClosed>;
+
+    /// Whether the reader is gone.
+    fn is_closed(&self) -> bool;
+}
