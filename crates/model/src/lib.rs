@@ -1,12 +1,29 @@
 //! Mixtral once: the configuration, the names in a checkpoint, the forward pass over any
 //! [`Backend`](backend::Backend), and [`ModelRunner`], the seam through which the engine runs it.
 //!
+//! ```text
+//! ModelFiles ─► ModelConfig ─► weights ─► Mixtral<B>::forward ◄─ MixtralRunner<B> ◄─ ModelRunner (engine)
+//! ```
+//!
 //! This crate knows no device, no text and no HTTP.
 #![deny(unsafe_code)]
 
+mod checkpoint;
+mod config;
+mod error;
+mod files;
+mod mixtral;
+mod mixtral_runner;
 mod runner;
+mod summary;
+mod weights;
 
 pub use backend::{
     BackendError, Batch, NonFiniteLogits, SampleParams, SampleRow, Sampled, TokenLogprob, sampling::mix64,
 };
+pub use config::{Architecture, ModelConfig};
+pub use error::ModelError;
+pub use files::ModelFiles;
+pub use mixtral_runner::{MixtralRunner, RunnerOptions, WeightSource};
 pub use runner::{ModelRunner, RunnerLimits, StepOutput};
+pub use summary::ModelSummary;
