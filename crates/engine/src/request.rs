@@ -54,6 +54,32 @@ pub enum FinishReason {
     Error,
 }
 
+impl FinishReason {
+    /// Number of reasons.
+    pub const COUNT: usize = 6;
+
+    /// All reasons; each stands at its own [`FinishReason::index`].
+    pub const ALL: [Self; Self::COUNT] =
+        [Self::Stop, Self::Length, Self::Cancelled, Self::Deadline, Self::Shutdown, Self::Error];
+
+    /// Position in [`FinishReason::ALL`] and in [`Stats::finished`](crate::Stats::finished).
+    pub const fn index(self) -> usize {
+        self as usize
+    }
+
+    /// The reason in one lower-case word, for metrics and logs.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+            Self::Cancelled => "cancelled",
+            Self::Deadline => "deadline",
+            Self::Shutdown => "shutdown",
+            Self::Error => "error",
+        }
+    }
+}
+
 /// One prompt token's log-probability given the tokens before it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PromptLogprob {
@@ -97,4 +123,16 @@ pub trait EventSink: Send {
 
     /// Whether the reader is gone.
     fn is_closed(&self) -> bool;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_finish_reason_stands_at_its_index_under_its_own_name() {
+        let names: Vec<_> = FinishReason::ALL.iter().map(|reason| reason.as_str()).collect();
+        assert_eq!(names, ["stop", "length", "cancelled", "deadline", "shutdown", "error"]);
+        assert!(FinishReason::ALL.iter().zip(0..).all(|(reason, index)| reason.index() == index));
+    }
 }

@@ -1,1 +1,1 @@
-//! placeholder during bootstrap
+//! Words and HTTP.

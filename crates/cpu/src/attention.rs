@@ -1,0 +1,203 @@
+//! Causal attention over the paged cache, one query token and one kv head's group of query heads at a time.
+//!
+//! ```text
+//! positions    0 ........ 31 | 32 ....... 63 | 64 .... p      chunks are anchored at position 0
+//!              scores, weights, values: one chunk after another, with a running maximum and sum per head
+//! ```
+//!
+//! Keys and values are read once for all heads of the group. Chunks depend on the query's position alone, and
+//! within a chunk sums run by ascending position, so neither the prompt's chunking, nor the cache's blocks, nor
+//! the other queries of the step can be seen in the result. The running maximum follows Online normalizer
+//! calculation for softmax (arXiv 1805.02867).
+
+use std::ops::Range;
+
+use backend::Batch;
+use half::bf16;
+
+use crate::dot::{MAX_ROWS, MAX_TOKENS, Sums, TokenRows, WeightRows, dot_rows};
+use crate::grid::Tile;
+use crate::isa::Kernel;
+use crate::kv::{KvCache, MAX_HEAD_DIM};
+use crate::numbers::{Element, exp};
+use crate::simd::Simd;
+use crate::tensor::Rows;
+
+/// Positions per chunk.
+const CHUNK: usize = MAX_ROWS;
+/// Query heads that are computed together.
+const HEADS: usize = MAX_TOKENS;
+/// Features of the accumulators that are kept in registers while the values of a chunk stream past.
+const LANES: usize = 16;
+
+/// The attention of the query tokens and the kv head that one tile of `out` covers.
+pub(crate) struct Attention<'a> {
+    pub(crate) q: Rows<'a, bf16>,
+    pub(crate) kv: &'a KvCache,
+    pub(crate) batch: &'a Batch,
+    pub(crate) out: Tile<'a, bf16>,
+}
+
+impl Kernel for Attention<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(mut self, simd: S) {
+        let head_dim = self.kv.shape.head_dim;
+        let cols = self.out.cols();
+        let kv_head = cols.start / (self.kv.group_len() * head_dim);
+        for row in self.out.rows() {
+            let context = Context::new(self.kv, self.batch, row, kv_head);
+            let queries = &self.q.row(row)[cols.clone()];
+            let heads = queries.chunks(HEADS * head_dim);
+            for (queries, out) in heads.zip(self.out.row(row).chunks_mut(HEADS * head_dim)) {
+                attend(simd, &context, queries, out);
+            }
+        }
+    }
+}
+
+/// What one query token sees of one kv head.
+struct Context<'a> {
+    kv: &'a KvCache,
+    keys: &'a [bf16],
+    values: &'a [bf16],
+    block_table: &'a [u32],
+    visible: Range<usize>,
+}
+
+impl<'a> Context<'a> {
+    #[inline(always)]
+    fn new(kv: &'a KvCache, batch: &'a Batch, row: usize, kv_head: usize) -> Self {
+        let seq_index = batch.query_start_loc.partition_point(|&start| start as usize <= row) - 1;
+        let end = batch.positions[row] as usize + 1;
+        let window = kv.shape.sliding_window.map_or(usize::MAX, |window| window as usize);
+        let plane = kv_head * kv.plane_len()..(kv_head + 1) * kv.plane_len();
+        Self {
+            kv,
+            keys: &kv.keys[plane.clone()],
+            values: &kv.values[plane],
+            block_table: batch.block_table(seq_index),
+            visible: end.saturating_sub(window)..end,
+        }
+    }
+
+    /// The visible part of every chunk that has one.
+    #[inline(always)]
+    fn chunks(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let visible = self.visible.clone();
+        let chunks = visible.start / CHUNK..visible.end.div_ceil(CHUNK);
+        chunks.map(move |chunk| visible.start.max(chunk * CHUNK)..visible.end.min((chunk + 1) * CHUNK))
+    }
+
+    /// The rows of `plane` at some positions.
+    #[inline(always)]
+    fn rows(&self, plane: &'a [bf16], positions: Range<usize>) -> WeightRows<'a> {
+        let KvCache { block_size, ref shape, .. } = *self.kv;
+        WeightRows::new(positions.map(|position| {
+            let slot = self.block_table[position / block_size] as usize * block_size + position % block_size;
+            &plane[slot * shape.head_dim..][..shape.head_dim]
+        }))
+    }
+}
+
+/// The running softmax of up to [`HEADS`] query heads.
+struct Running {
+    /// Largest score so far.
+    max: [f32; HEADS],
+    /// Sum of the weights `exp(score - max)`.
+    sum: [f32; HEADS],
+    /// Weighted sum of the values.
+    values: [[f32; MAX_HEAD_DIM]; HEADS],
+}
+
+/// Computes `out = softmax(q·Kᵀ / sqrt(head_dim)) · V` for the heads side by side in `queries`.
+#[inline(always)]
+fn attend<S: Simd>(simd: S, context: &Context<'_>, queries: &[bf16], out: &mut [bf16]) {
+    let head_dim = context.kv.shape.head_dim;
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    let queries = TokenRows::new(queries.chunks_exact(head_dim));
+    let num_heads = queries.len();
+    let mut scores: Sums = [[0.0; MAX_ROWS]; MAX_TOKENS];
+    let mut running =
+        Running { max: [f32::NEG_INFINITY; HEADS], sum: [0.0; HEADS], values: [[0.0; MAX_HEAD_DIM]; HEADS] };
+
+    for positions in context.chunks() {
+        let keys = context.rows(context.keys, positions.clone());
+        dot_rows(simd, &keys, &queries, &mut scores);
+        for head in 0..num_heads {
+            let weights = &mut scores[head][..keys.len()];
+            weights.iter_mut().for_each(|score| *score *= scale);
+            running.take_weights(head, weights, head_dim);
+        }
+        let values = context.rows(context.values, positions);
+        let mut head = 0;
+        while head < num_heads {
+            let four = num_heads - head >= 4;
+            match four {
+                true => running.add_values::<4>(head, &scores, &values, head_dim),
+                false => running.add_values::<1>(head, &scores, &values, head_dim),
+            }
+            head += if four { 4 } else { 1 };
+        }
+    }
+
+    for (head, out) in out.chunks_exact_mut(head_dim).enumerate() {
+        let values = running.values[head].iter();
+        out.iter_mut().zip(values).for_each(|(out, x)| *out = Element::from_f32(x / running.sum[head]));
+    }
+}
+
+impl Running {
+    /// Turns a chunk's scores into weights and scales what came before to the new maximum.
+    #[inline(always)]
+    fn take_weights(&mut self, head: usize, scores: &mut [f32], head_dim: usize) {
+        let max = scores.iter().fold(self.max[head], |max, &score| if score > max { score } else { max });
+        let scale = exp(self.max[head] - max);
+        scores.iter_mut().for_each(|score| *score = exp(*score - max));
+        self.max[head] = max;
+        self.sum[head] = self.sum[head] * scale + scores.iter().sum::<f32>();
+        self.values[head][..head_dim].iter_mut().for_each(|x| *x *= scale);
+    }
+
+    /// Adds a chunk's weighted values to `H` heads.
+    #[inline(always)]
+    fn add_values<const H: usize>(
+        &mut self,
+        head: usize,
+        weights: &Sums,
+        values: &[&[bf16]],
+        head_dim: usize,
+    ) {
+        let whole = head_dim - head_dim % LANES;
+        for first in (0..whole).step_by(LANES) {
+            self.add_features::<H, LANES>(head, weights, values, first);
+        }
+        for feature in whole..head_dim {
+            self.add_features::<H, 1>(head, weights, values, feature);
+        }
+    }
+
+    /// Adds `N` features of a chunk's weighted values to `H` heads, by ascending position.
+    #[inline(always)]
+    fn add_features<const H: usize, const N: usize>(
+        &mut self,
+        head: usize,
+        weights: &Sums,
+        values: &[&[bf16]],
+        first: usize,
+    ) {
+        let mut sums: [[f32; N]; H] =
+            std::array::from_fn(|h| std::array::from_fn(|i| self.values[head + h][first + i]));
+        for (position, value) in values.iter().enumerate() {
+            let value: &[bf16] = &value[first..first + N];
+            for h in 0..H {
+                let weight = weights[head + h][position];
+                for i in 0..N {
+                    sums[h][i] += weight * Element::to_f32(value[i]);
+                }
+            }
+        }
+        for h in 0..H {
+            self.values[head + h][first..][..N].copy_from_slice(&sums[h]);
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! Which instructions the kernels may use: chosen once, when the backend is made, and proved at every
+//! dispatch.
+//!
+//! A kernel is written once, generic over [`Simd`]. [`Isa::run`] instantiates it for each instruction set
+//! inside a function that enables that set's target features, so everything inlined into it is compiled for
+//! them.
+
+use crate::simd::{Portable, Simd};
+
+/// An instruction set that the kernels are compiled for, from the plainest to the fastest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Isa {
+    /// Plain Rust: a software model of `vdpbf16ps`, 16 lanes of f32.
+    Portable,
+    /// AArch64: bf16 widened to f32, 4 lanes of fused multiply-add.
+    Neon,
+    /// x86-64 with AVX2 and FMA: bf16 widened to f32, 8 lanes of fused multiply-add.
+    Avx2,
+    /// x86-64 with AVX-512 F, BW and BF16: 16 lanes of `vdpbf16ps`.
+    Avx512Bf16,
+}
+
+impl Isa {
+    /// All instruction sets, the fastest last.
+    pub const ALL: [Self; 4] = [Self::Portable, Self::Neon, Self::Avx2, Self::Avx512Bf16];
+
+    /// Finds the fastest instruction set that this machine has.
+    pub fn detect() -> Self {
+        Self::ALL.into_iter().rfind(|isa| isa.is_available()).unwrap_or(Self::Portable)
+    }
+
+    /// Whether this machine has the instruction set.
+    pub fn is_available(self) -> bool {
+        match self {
+            Self::Portable => true,
+            Self::Neon => cfg!(all(target_arch = "aarch64", target_endian = "little")),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => {
+                Self::Avx2.is_available()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512bf16")
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            Self::Avx2 | Self::Avx512Bf16 => false,
+        }
+    }
+
+    /// The name in `describe` and in bench reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            Self::Neon => "neon",
+            Self::Avx2 => "avx2",
+            Self::Avx512Bf16 => "avx512-bf16",
+        }
+    }
+
+    /// Runs a kernel compiled for this instruction set.
+    ///
+    /// # Panics
+    /// If the machine does not have it.
+    pub(crate) fn run<K: Kernel>(self, kernel: K) {
+        // The detection behind this is a cached flag, so asking at every dispatch costs nanoseconds.
+        assert!(self.is_available(), "this machine has no {}", self.name());
+        match self {
+            Self::Portable => kernel.run(Portable),
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Self::Neon => kernel.run(crate::simd::Neon::new()),
+            // SAFETY: the assertion above found the features that `run_avx2` enables.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => unsafe { run_avx2(kernel) },
+            // SAFETY: the assertion above found the features that `run_avx512` enables.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => unsafe { run_avx512(kernel) },
+            #[allow(unreachable_patterns)]
+            _ => unreachable!("an instruction set of another architecture is never available"),
+        }
+    }
+}
+
+/// A piece of work to be compiled for every instruction set.
+///
+/// Mark `run`, and every generic function it calls in a hot loop, `#[inline(always)]`: code that is not
+/// inlined into [`Isa::run`]'s dispatch is compiled without the instruction set's features.
+pub(crate) trait Kernel {
+    /// Does the work with the vector operations of `simd`.
+    fn run<S: Simd>(self, simd: S);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn run_avx2<K: Kernel>(kernel: K) {
+    kernel.run(crate::simd::Avx2::new());
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512bf16")]
+fn run_avx512<K: Kernel>(kernel: K) {
+    kernel.run(crate::simd::Avx512Bf16::new());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_detected_instruction_set_is_available_and_the_fastest() {
+        let detected = Isa::detect();
+        assert!(detected.is_available());
+        let faster = Isa::ALL.iter().skip_while(|isa| **isa != detected).skip(1);
+        assert!(faster.into_iter().all(|isa| !isa.is_available()));
+    }
+}

@@ -1,0 +1,186 @@
+//! Weight matrices `[out, in]`: bf16 rows that stay where they are whenever they can.
+//!
+//! A stored bf16 view is kept as the bytes it came in, usually a file mapping, so loading a model copies
+//! nothing and the page cache is its only copy. Views of other types, and dummy weights, are converted once
+//! into memory of our own. Stacked parts stay apart; only row numbers are stacked.
+
+use std::ops::Range;
+
+use backend::{BackendError, ExpertsView, WeightData, WeightType, WeightView, dummy_value};
+use bytes::Bytes;
+use half::{bf16, f16};
+
+use crate::grid::Grid;
+use crate::numbers::Element;
+use crate::team::Team;
+use crate::tensor::Buffer;
+
+/// A matrix `[out, in]` of one or more parts stacked along their rows.
+pub struct Matrix {
+    cols: usize,
+    parts: Vec<Part>,
+}
+
+struct Part {
+    rows: Range<usize>,
+    elements: Elements,
+}
+
+enum Elements {
+    /// Native-endian bf16, aligned for it.
+    Mapped(Bytes),
+    Owned(Buffer<bf16>),
+}
+
+/// The gate, up and down matrices of a layer's experts, by expert id.
+pub struct Experts {
+    pub(crate) gate: Vec<Matrix>,
+    pub(crate) up: Vec<Matrix>,
+    pub(crate) down: Vec<Matrix>,
+}
+
+impl Matrix {
+    /// Makes a matrix of views of one width.
+    ///
+    /// # Errors
+    /// [`BackendError::OutOfMemory`] if a view must be converted and there is no room for it.
+    ///
+    /// # Panics
+    /// If the views differ in width or their data is not as long as their shape says; the loader checks both.
+    pub(crate) fn new(views: &[WeightView], team: &mut Team) -> Result<Self, BackendError> {
+        let cols = views[0].cols;
+        assert!(views.iter().all(|view| view.cols == cols), "stacked matrices have one width");
+        let mut parts = Vec::with_capacity(views.len());
+        let mut first_row = 0;
+        for view in views {
+            let rows = first_row..first_row + view.rows;
+            first_row = rows.end;
+            parts.push(Part { rows, elements: Elements::new(view, team)? });
+        }
+        Ok(Self { cols, parts })
+    }
+
+    /// Input features.
+    pub(crate) fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Output features.
+    pub(crate) fn rows(&self) -> usize {
+        self.parts.last().map_or(0, |part| part.rows.end)
+    }
+
+    /// One row.
+    #[inline(always)]
+    pub(crate) fn row(&self, row: usize) -> &[bf16] {
+        let part = self.parts.iter().find(|part| row < part.rows.end).expect("a row of the matrix");
+        let start = (row - part.rows.start) * self.cols;
+        &part.elements.as_slice()[start..start + self.cols]
+    }
+}
+
+impl Experts {
+    /// Makes the experts of one layer.
+    ///
+    /// # Errors
+    /// As [`Matrix::new`].
+    pub(crate) fn new(view: &ExpertsView, team: &mut Team) -> Result<Self, BackendError> {
+        let mut matrices = |views: &[WeightView]| -> Result<Vec<Matrix>, BackendError> {
+            views.iter().map(|view| Matrix::new(std::slice::from_ref(view), team)).collect()
+        };
+        Ok(Self { gate: matrices(&view.gate)?, up: matrices(&view.up)?, down: matrices(&view.down)? })
+    }
+}
+
+impl Elements {
+    fn new(view: &WeightView, team: &mut Team) -> Result<Self, BackendError> {
+        if let WeightData::Stored(bytes) = &view.data {
+            assert_eq!(bytes.len(), view.len() * view.dtype.size(), "stored data fits its shape");
+            let usable = bytemuck::try_cast_slice::<u8, bf16>(bytes).is_ok();
+            if view.dtype == WeightType::Bf16 && cfg!(target_endian = "little") && usable {
+                return Ok(Self::Mapped(bytes.clone()));
+            }
+        }
+        convert(view, team).map(Self::Owned)
+    }
+
+    #[inline(always)]
+    fn as_slice(&self) -> &[bf16] {
+        match self {
+            Self::Mapped(bytes) => bytemuck::cast_slice(bytes),
+            Self::Owned(buffer) => buffer,
+        }
+    }
+}
+
+/// Rounds a view into memory of our own, on all threads.
+fn convert(view: &WeightView, team: &mut Team) -> Result<Buffer<bf16>, BackendError> {
+    let mut buffer = Buffer::<bf16>::zeroed("a weight matrix", view.len())?;
+    let rows_per_task = (1 << 16) / view.cols.max(1) + 1;
+    team.for_each(Grid::row_bands(&mut buffer, view.cols, rows_per_task), |mut band| {
+        for row in band.rows() {
+            convert_row(view, row, band.row(row));
+        }
+    });
+    Ok(buffer)
+}
+
+fn convert_row(view: &WeightView, row: usize, out: &mut [bf16]) {
+    let first = row * view.cols;
+    match &view.data {
+        WeightData::Dummy { seed, mean, std } => {
+            let elements = out.iter_mut().zip(first as u64..);
+            elements.for_each(|(out, index)| *out = dummy_value(*seed, index, *mean, *std));
+        }
+        WeightData::Stored(bytes) => {
+            let size = view.dtype.size();
+            let bytes = &bytes[first * size..][..view.cols * size];
+            match view.dtype {
+                WeightType::Bf16 => decode(bytes, out, bf16::from_le_bytes),
+                WeightType::F16 => decode(bytes, out, |e| Element::from_f32(f16::from_le_bytes(e).to_f32())),
+                WeightType::F32 => decode(bytes, out, |e| Element::from_f32(f32::from_le_bytes(e))),
+            }
+        }
+    }
+}
+
+fn decode<const SIZE: usize>(bytes: &[u8], out: &mut [bf16], element: impl Fn([u8; SIZE]) -> bf16) {
+    out.iter_mut().zip(bytes.as_chunks().0).for_each(|(out, &bytes)| *out = element(bytes));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn view(dtype: WeightType, rows: usize, cols: usize, data: WeightData) -> WeightView {
+        WeightView { rows, cols, dtype, data }
+    }
+
+    #[track_caller]
+    fn check(view: &WeightView, mapped: bool) {
+        let mut team = Team::new(2);
+        let matrix = Matrix::new(std::slice::from_ref(view), &mut team).unwrap();
+        let got: Vec<bf16> = (0..matrix.rows()).flat_map(|row| matrix.row(row)).copied().collect();
+        assert_eq!(got, view.to_bf16());
+        assert_eq!(matches!(matrix.parts[0].elements, Elements::Mapped(_)), mapped);
+    }
+
+    #[test]
+    fn every_weight_type_becomes_the_same_bf16_as_in_the_reference() {
+        let (rows, cols) = (37, 19);
+        let values: Vec<f32> = (0..rows * cols).map(|i| (i as f32).sin()).collect();
+        let f32s: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let f16s: Vec<u8> = values.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect();
+        let bf16s: Vec<u8> = values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect();
+        check(&view(WeightType::F32, rows, cols, WeightData::Stored(f32s.into())), false);
+        check(&view(WeightType::F16, rows, cols, WeightData::Stored(f16s.into())), false);
+        check(&view(WeightType::F32, rows, cols, WeightData::Dummy { seed: 3, mean: 0.5, std: 2.0 }), false);
+        check(
+            &view(WeightType::Bf16, rows, cols, WeightData::Stored(bf16s.clone().into())),
+            cfg!(target_endian = "little"),
+        );
+
+        let misaligned = Bytes::from([vec![0], bf16s].concat()).slice(1..);
+        check(&view(WeightType::Bf16, rows, cols, WeightData::Stored(misaligned)), false);
+    }
+}

@@ -1,0 +1,217 @@
+//! The loop around the scheduler, and the thread around the loop.
+//!
+//! [`Engine`] owns the model, the scheduler and all sequences. One [`Engine::step`] takes in what was
+//! submitted, schedules, runs the model and hands out the results; [`Engine::spawn`] gives the engine a
+//! thread that steps while there is work and sleeps while there is none. Tests step it themselves.
+//!
+//! A model that fails or panics ends the engine, and with it every sequence: the cache cannot be trusted any
+//! more. Starting again is the business of whoever started it first.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::thread::JoinHandle;
+
+use model::{BackendError, ModelRunner, StepOutput};
+use thiserror::Error;
+
+use crate::config::{Clock, EngineConfig};
+use crate::handle::EngineHandle;
+use crate::queue::{Phase, Queue};
+use crate::request::FinishReason;
+use crate::scheduler::{Scheduler, StepPlan};
+use crate::stats::{SharedStats, Throughput};
+use crate::submission::Submission;
+
+/// Why an engine ended before it was asked to.
+#[derive(Debug, Error)]
+pub enum EngineError {
+    /// The device failed.
+    #[error(transparent)]
+    Device(#[from] BackendError),
+    /// The model or the engine has a bug.
+    #[error("the engine panicked: {0}")]
+    Panicked(String),
+}
+
+/// What a step came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress {
+    /// The model ran; there may be more to do.
+    Stepped,
+    /// There is nothing to do until something is submitted.
+    Idle,
+    /// There is nothing to do, and nothing will be submitted any more.
+    Ended,
+}
+
+/// An engine at rest, for whoever steps it. Dropping it ends what it has with [`FinishReason::Shutdown`].
+pub struct Engine {
+    runner: Box<dyn ModelRunner>,
+    scheduler: Scheduler,
+    queue: Arc<Queue>,
+    stats: Arc<SharedStats>,
+    clock: Clock,
+    throughput: Throughput,
+    /// Submissions taken from the queue; kept for its allocation.
+    inbox: Vec<Submission>,
+}
+
+impl Engine {
+    /// Makes an engine without a thread.
+    ///
+    /// # Panics
+    /// If the runner's limits or the configuration leave no room for a single token.
+    pub fn new(runner: Box<dyn ModelRunner>, config: EngineConfig, clock: Clock) -> (EngineHandle, Self) {
+        let limits = *runner.limits();
+        let stats = Arc::new(SharedStats::new(&limits));
+        stats.heartbeat(clock());
+        let queue = Arc::new(Queue::new(config, Arc::clone(&stats)));
+        let scheduler = Scheduler::new(limits, &config, Arc::clone(&stats));
+        let handle =
+            EngineHandle::new(Arc::clone(&queue), Arc::clone(&stats), limits, config, Arc::clone(&clock));
+        let throughput = Throughput::default();
+        (handle, Self { runner, scheduler, queue, stats, clock, throughput, inbox: Vec::new() })
+    }
+
+    /// Starts an engine on a thread of its own. It ends after [`EngineHandle::drain`] or
+    /// [`EngineHandle::abort`], when the last handle is dropped, or when the model fails.
+    ///
+    /// # Panics
+    /// As [`Engine::new`]; or if the operating system gives no thread.
+    pub fn spawn(
+        runner: Box<dyn ModelRunner>,
+        config: EngineConfig,
+        clock: Clock,
+    ) -> (EngineHandle, EngineThread) {
+        let (handle, engine) = Self::new(runner, config, clock);
+        let thread = std::thread::Builder::new().name("windrose-engine".to_owned());
+        let thread = thread.spawn(move || engine.run()).expect("the operating system gives a thread");
+        (handle, EngineThread { thread })
+    }
+
+    /// Steps until nothing is left to do and nothing more can come.
+    fn run(mut self) -> Result<(), EngineError> {
+        loop {
+            match self.step() {
+                Ok(Progress::Stepped) => {}
+                Ok(Progress::Idle) => self.queue.wait(),
+                Ok(Progress::Ended) => return Ok(()),
+                Err(error) => {
+                    tracing::error!(%error, "the engine has stopped");
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    /// Takes in what was submitted and runs one step; never waits for anything but the model.
+    ///
+    /// # Errors
+    /// If the model failed. Every sequence has then ended with [`FinishReason::Error`], and the engine is
+    /// good for nothing any more.
+    pub fn step(&mut self) -> Result<Progress, EngineError> {
+        let phase = self.take_in();
+        if phase == Phase::Aborting {
+            self.scheduler.end_all(FinishReason::Shutdown);
+        }
+        let started_at = (self.clock)();
+        let plan = self.scheduler.schedule(started_at);
+        let num_tokens = plan.batch.num_tokens();
+        if num_tokens == 0 {
+            assert!(self.scheduler.is_idle(), "whenever something waits or runs, something moves");
+            return Ok(if phase == Phase::Open { Progress::Idle } else { Progress::Ended });
+        }
+        self.stats.heartbeat(started_at);
+        let output = match execute(self.runner.as_mut(), &plan) {
+            Ok(output) => output,
+            Err(error) => {
+                self.fail();
+                return Err(error);
+            }
+        };
+        let ended_at = (self.clock)();
+        self.stats.heartbeat(ended_at);
+        let took = ended_at.saturating_sub(started_at);
+        self.stats.set_tokens_per_second(self.throughput.record(num_tokens, took));
+        self.scheduler.update(output, ended_at);
+        Ok(Progress::Stepped)
+    }
+
+    /// Checks what must hold between steps: every block is free or held by those whom it counts as owners,
+    /// only computed full blocks are shared, everyone is in line.
+    ///
+    /// # Panics
+    /// If something does not hold.
+    pub fn check_integrity(&self) {
+        self.scheduler.check_integrity();
+    }
+
+    fn take_in(&mut self) -> Phase {
+        let phase = self.queue.take(&mut self.inbox);
+        self.inbox.drain(..).for_each(|submission| self.scheduler.submit(submission));
+        phase
+    }
+
+    fn fail(&mut self) {
+        self.queue.advance(Phase::Stopped);
+        self.stats.is_stopped.store(true, Relaxed);
+        self.take_in();
+        self.scheduler.end_all(FinishReason::Error);
+    }
+}
+
+/// Runs the model, and turns its panic into an error.
+fn execute(runner: &mut dyn ModelRunner, plan: &StepPlan<'_>) -> Result<StepOutput, EngineError> {
+    // After a panic the runner is never used again, so nobody sees what it left half done.
+    match catch_unwind(AssertUnwindSafe(|| runner.execute(plan.batch, &plan.rows))) {
+        Ok(result) => Ok(result?),
+        Err(panic) => Err(EngineError::Panicked(panic_message(panic))),
+    }
+}
+
+fn panic_message(panic: Box<dyn Any + Send>) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+    text.unwrap_or("a panic without a message").to_owned()
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        // Open means that the engine ended by itself or its owner let go of it; else the phase stays.
+        self.queue.close();
+        self.stats.is_stopped.store(true, Relaxed);
+        if !std::thread::panicking() {
+            self.take_in();
+            self.scheduler.end_all(FinishReason::Shutdown);
+        }
+    }
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine").field("stats", &self.stats.snapshot()).finish_non_exhaustive()
+    }
+}
+
+/// The thread of a spawned engine. Dropping it lets the engine go on by itself.
+#[derive(Debug)]
+pub struct EngineThread {
+    thread: JoinHandle<Result<(), EngineError>>,
+}
+
+impl EngineThread {
+    /// Whether the engine has ended.
+    pub fn is_finished(&self) -> bool {
+        self.thread.is_finished()
+    }
+
+    /// Waits until the engine has ended.
+    ///
+    /// # Errors
+    /// If it ended before it was asked to.
+    pub fn join(self) -> Result<(), EngineError> {
+        self.thread.join().unwrap_or_else(|panic| Err(EngineError::Panicked(panic_message(panic))))
+    }
+}

@@ -1,0 +1,283 @@
+//! The running state of one choice of a request.
+//!
+//! There is no prefill and no decode, only `num_computed_tokens` catching up with the tokens known so far:
+//!
+//! ```text
+//! tokens   p p p p p p p p o o o          prompt, then output; the last token's successor is wanted
+//!          └ computed ┘└ chunk ┘          num_computed_tokens, then num_scheduled_tokens
+//! blocks   [  0  ][  1  ][  2  ]          block_table: room for all tokens known, once it runs
+//! ```
+//!
+//! Waiting, running and finished are not flags: a sequence waits in the scheduler's `waiting`, runs in its
+//! `running`, and is consumed by [`Sequence::finish`], so that it ends exactly once. This file does not
+//! decide who runs, and owns no block: it only lists them.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use model::{NonFiniteLogits, SampleParams, SampleRow, Sampled, mix64};
+
+use crate::block_hash::{BlockHash, BlockHasher};
+use crate::request::{Event, EventSink, FinishReason, PromptLogprob, Request};
+
+/// A sequence's place in line: the order in which sequences are served. The last is preempted first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct SequenceKey {
+    /// Of the request; lower runs earlier.
+    pub(crate) priority: i32,
+    /// Number of the submission.
+    pub(crate) arrival: u64,
+    /// Index of the choice within the submission.
+    pub(crate) choice: u32,
+}
+
+/// When a sequence was submitted, and when it is too late for it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Times {
+    pub(crate) submitted_at: Duration,
+    pub(crate) deadline: Option<Duration>,
+}
+
+/// One choice of a request.
+pub(crate) struct Sequence {
+    pub(crate) key: SequenceKey,
+    pub(crate) num_computed_tokens: usize,
+    /// Tokens of the step in progress; 0 if it has no part in that.
+    pub(crate) num_scheduled_tokens: usize,
+    /// Blocks held; empty while it waits.
+    pub(crate) block_table: Vec<u32>,
+    request: Arc<Request>,
+    params: SampleParams,
+    sink: Box<dyn EventSink>,
+    times: Times,
+    /// Prompt, then output.
+    tokens: Vec<u32>,
+    /// Number of tokens, prompt and output, at which it ends.
+    max_len: usize,
+    /// Tokens that may not be taken before `min_tokens`.
+    banned: Vec<u32>,
+    /// The chain's root, then one hash per full block as far as was needed; empty if it shares no blocks.
+    block_hashes: Vec<BlockHash>,
+    /// Scores of prompt tokens `0..len` while they are being collected.
+    prompt_logprobs: Option<Vec<Option<PromptLogprob>>>,
+    has_started: bool,
+    /// The sink refused an event.
+    sink_refused: bool,
+}
+
+impl Sequence {
+    /// Makes choice `key.choice` of a request. It ends at `max_len` tokens if nothing else ends it; blocks
+    /// are shared under `root`.
+    pub(crate) fn new(
+        key: SequenceKey,
+        request: Arc<Request>,
+        sink: Box<dyn EventSink>,
+        times: Times,
+        max_len: usize,
+        root: Option<BlockHash>,
+    ) -> Self {
+        let mut params = request.sampling.clone();
+        if key.choice > 0 {
+            params.seed = mix64(params.seed.wrapping_add(u64::from(key.choice)));
+        }
+        let banned = match request.min_tokens {
+            0 => Vec::new(),
+            _ => [request.eos_token_ids.as_slice(), &request.stop_token_ids].concat(),
+        };
+        let is_scored = key.choice == 0 && request.num_prompt_logprobs.is_some();
+        Self {
+            key,
+            num_computed_tokens: 0,
+            num_scheduled_tokens: 0,
+            block_table: Vec::new(),
+            params,
+            sink,
+            times,
+            tokens: request.prompt.clone(),
+            max_len,
+            banned,
+            block_hashes: root.into_iter().collect(),
+            // Nothing precedes the first token, so it has no score.
+            prompt_logprobs: is_scored.then(|| vec![None]),
+            has_started: false,
+            sink_refused: false,
+            request,
+        }
+    }
+
+    /// Number of tokens known, prompt and output.
+    pub(crate) fn len(&self) -> usize {
+        self.tokens.len()
+    }
+
+    pub(crate) fn prompt_len(&self) -> usize {
+        self.request.prompt.len()
+    }
+
+    /// Whether it still computes blocks that other choices of its request could share.
+    pub(crate) fn is_filling_shared_blocks(&self, block_size: usize) -> bool {
+        let num_shared_blocks = (self.prompt_len() - 1) / block_size;
+        self.request.num_choices > 1 && self.num_computed_tokens < num_shared_blocks * block_size
+    }
+
+    /// Whether prompt tokens still need their scores.
+    pub(crate) fn is_scoring(&self) -> bool {
+        self.prompt_logprobs.is_some()
+    }
+
+    /// Most leading tokens that may come from the cache instead of being computed: the last token's
+    /// successor is wanted, and so are the scores not yet known.
+    pub(crate) fn max_cached_tokens(&self) -> usize {
+        let scored = self.prompt_logprobs.as_ref().map_or(usize::MAX, Vec::len);
+        scored.min(self.len()) - 1
+    }
+
+    /// The reason to end a sequence whose reader has left, or stopped reading.
+    pub(crate) fn departure(&self) -> Option<FinishReason> {
+        (self.sink_refused || self.sink.is_closed()).then_some(FinishReason::Cancelled)
+    }
+
+    /// The reason to end a sequence whose time is up.
+    pub(crate) fn lateness(&self, now: Duration) -> Option<FinishReason> {
+        self.times.deadline.is_some_and(|deadline| deadline <= now).then_some(FinishReason::Deadline)
+    }
+
+    /// Names of the full blocks `blocks`, computed as far as necessary; empty if it shares no blocks.
+    pub(crate) fn block_hashes(
+        &mut self,
+        blocks: Range<usize>,
+        block_size: usize,
+        hasher: &BlockHasher,
+    ) -> &[BlockHash] {
+        let Some(&root) = self.block_hashes.first() else { return &[] };
+        let mut parent = *self.block_hashes.last().unwrap_or(&root);
+        for block in self.block_hashes.len() - 1..blocks.end {
+            parent = hasher.child(parent, &self.tokens[block * block_size..(block + 1) * block_size]);
+            self.block_hashes.push(parent);
+        }
+        &self.block_hashes[blocks.start + 1..blocks.end + 1]
+    }
+
+    /// Tells the reader that the sequence runs, the first time that it does; returns whether it was that.
+    pub(crate) fn start(&mut self, num_cached_tokens: u32, now: Duration) -> bool {
+        let is_first = !std::mem::replace(&mut self.has_started, true);
+        if is_first {
+            let queue_time = now.saturating_sub(self.times.submitted_at);
+            self.emit(Event::Started { num_cached_tokens, queue_time });
+        }
+        is_first
+    }
+
+    /// The tokens of this step.
+    pub(crate) fn chunk(&self) -> &[u32] {
+        &self.tokens[self.chunk_range()]
+    }
+
+    fn chunk_range(&self) -> Range<usize> {
+        self.num_computed_tokens..self.num_computed_tokens + self.num_scheduled_tokens
+    }
+
+    /// Positions of this step's chunk whose successors are prompt tokens to be scored.
+    fn scored_positions(&self) -> Range<usize> {
+        let Some(known) = &self.prompt_logprobs else { return 0..0 };
+        let chunk = self.chunk_range();
+        // Position p scores token p + 1.
+        let start = chunk.start.max(known.len() - 1);
+        start..chunk.end.min(self.prompt_len() - 1).max(start)
+    }
+
+    /// Position of this step's chunk whose successor is a new token to be taken.
+    fn sampled_position(&self) -> Option<usize> {
+        let reaches_end = self.num_scheduled_tokens > 0 && self.chunk_range().end == self.len();
+        (reaches_end && self.request.max_tokens > 0).then(|| self.len() - 1)
+    }
+
+    /// Positions of this step's chunk whose logits are wanted, ascending.
+    pub(crate) fn logits_positions(&self) -> impl Iterator<Item = usize> {
+        self.scored_positions().chain(self.sampled_position())
+    }
+
+    /// What to do with the logits of each of [`Sequence::logits_positions`].
+    pub(crate) fn sample_rows(&self) -> impl Iterator<Item = SampleRow<'_>> {
+        let (prompt, output) = self.tokens.split_at(self.prompt_len());
+        let scored = self.scored_positions().map(|position| SampleRow {
+            params: &self.params,
+            prompt: &[],
+            output: &[],
+            banned: &[],
+            forced: Some(self.tokens[position + 1]),
+            num_logprobs: self.request.num_prompt_logprobs,
+        });
+        let may_end = output.len() >= self.request.min_tokens as usize;
+        let sampled = self.sampled_position().map(|_| SampleRow {
+            params: &self.params,
+            prompt,
+            output,
+            banned: if may_end { &[] } else { &self.banned },
+            forced: None,
+            num_logprobs: self.request.num_logprobs,
+        });
+        scored.chain(sampled)
+    }
+
+    /// Takes in what the step computed, one result per [`Sequence::logits_positions`]; returns the reason if
+    /// that ended the sequence.
+    pub(crate) fn advance(
+        &mut self,
+        results: &mut impl Iterator<Item = Result<Sampled, NonFiniteLogits>>,
+    ) -> Option<FinishReason> {
+        let num_scored = self.scored_positions().len();
+        let is_sampled = self.sampled_position().is_some();
+        self.num_computed_tokens += std::mem::take(&mut self.num_scheduled_tokens);
+
+        // All of the sequence's results are taken from the iterator, even after a bad one.
+        let mut results = results.by_ref().take(num_scored + usize::from(is_sampled));
+        let scores: Result<Vec<Sampled>, _> = results.by_ref().take(num_scored).collect();
+        let sampled = results.last().transpose();
+        let (Ok(scores), Ok(sampled)) = (scores, sampled) else { return Some(FinishReason::Error) };
+        assert_eq!((scores.len(), sampled.is_some()), (num_scored, is_sampled), "one result per row");
+
+        self.take_scores(scores);
+        match sampled {
+            Some(sampled) => self.take_token(sampled),
+            None => (self.request.max_tokens == 0 && self.num_computed_tokens == self.prompt_len())
+                .then_some(FinishReason::Length),
+        }
+    }
+
+    fn take_scores(&mut self, scores: Vec<Sampled>) {
+        let prompt_len = self.prompt_len();
+        let Some(known) = &mut self.prompt_logprobs else { return };
+        let score = |Sampled { logprob, top_logprobs, .. }| {
+            logprob.map(|logprob| PromptLogprob { logprob, top_logprobs })
+        };
+        known.extend(scores.into_iter().map(score));
+        if known.len() == prompt_len {
+            let all = std::mem::take(known);
+            self.prompt_logprobs = None;
+            self.emit(Event::PromptLogprobs(all));
+        }
+    }
+
+    fn take_token(&mut self, sampled: Sampled) -> Option<FinishReason> {
+        let token = sampled.token;
+        self.tokens.push(token);
+        self.emit(Event::Token(sampled));
+        let Request { eos_token_ids, stop_token_ids, ignore_eos, .. } = &*self.request;
+        if stop_token_ids.contains(&token) || (!ignore_eos && eos_token_ids.contains(&token)) {
+            return Some(FinishReason::Stop);
+        }
+        (self.len() >= self.max_len).then_some(FinishReason::Length)
+    }
+
+    fn emit(&mut self, event: Event) {
+        self.sink_refused |= self.sink.send(event).is_err();
+    }
+
+    /// Tells the reader how it ended. Its blocks have been given back before.
+    pub(crate) fn finish(mut self: Box<Self>, reason: FinishReason) {
+        assert!(self.block_table.is_empty(), "a finished sequence holds no block");
+        self.emit(Event::Finished(reason));
+    }
+}

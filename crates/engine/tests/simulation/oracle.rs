@@ -1,0 +1,72 @@
+//! What a request gets when it runs alone: a loop over the model's own answers, with no engine, no batch and
+//! no cache in sight.
+
+use engine::{FakeRunner, FinishReason, PromptLogprob, Request};
+use model::{ModelRunner, SampleRow, Sampled, mix64};
+
+/// The whole outcome of one choice.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Outcome {
+    pub(crate) prompt_logprobs: Option<Vec<Option<PromptLogprob>>>,
+    pub(crate) tokens: Vec<Sampled>,
+    pub(crate) reason: FinishReason,
+}
+
+/// Runs one choice of `request` on `runner`'s model.
+pub(crate) fn run_alone(runner: &FakeRunner, request: &Request, choice: u32) -> Outcome {
+    let (tokens, reason) = generate(runner, request, choice);
+    let prompt_logprobs = request.num_prompt_logprobs.filter(|_| choice == 0);
+    let prompt_logprobs = prompt_logprobs.map(|count| score(runner, request, count));
+    Outcome { prompt_logprobs, tokens, reason }
+}
+
+fn generate(runner: &FakeRunner, request: &Request, choice: u32) -> (Vec<Sampled>, FinishReason) {
+    let limits = runner.limits();
+    let mut params = request.sampling.clone();
+    if choice > 0 {
+        params.seed = mix64(params.seed.wrapping_add(choice.into()));
+    }
+    let ends = [request.eos_token_ids.clone(), request.stop_token_ids.clone()].concat();
+    let is_eos = |token| request.eos_token_ids.contains(&token) && !request.ignore_eos;
+    let mut text = request.prompt.clone();
+    let mut tokens = Vec::new();
+    loop {
+        // The last token need not enter the cache.
+        let is_full = text.len() > (limits.num_blocks - 1) * limits.block_size;
+        if tokens.len() == request.max_tokens as usize || text.len() == limits.max_model_len || is_full {
+            return (tokens, FinishReason::Length);
+        }
+        let (prompt, output) = text.split_at(request.prompt.len());
+        let row = SampleRow {
+            params: &params,
+            prompt,
+            output,
+            banned: if output.len() < request.min_tokens as usize { &ends } else { &[] },
+            forced: None,
+            num_logprobs: request.num_logprobs,
+        };
+        let sampled = runner.sample_after(&text, &row).expect("the fake model's logits are finite");
+        let token = sampled.token;
+        text.push(token);
+        tokens.push(sampled);
+        if is_eos(token) || request.stop_token_ids.contains(&token) {
+            return (tokens, FinishReason::Stop);
+        }
+    }
+}
+
+fn score(runner: &FakeRunner, request: &Request, count: u32) -> Vec<Option<PromptLogprob>> {
+    let score = |position: usize| {
+        let row = SampleRow {
+            params: &request.sampling,
+            prompt: &[],
+            output: &[],
+            banned: &[],
+            forced: Some(request.prompt[position]),
+            num_logprobs: Some(count),
+        };
+        let sampled = runner.sample_after(&request.prompt[..position], &row).expect("finite logits");
+        Some(PromptLogprob { logprob: sampled.logprob?, top_logprobs: sampled.top_logprobs })
+    };
+    (0..request.prompt.len()).map(|position| if position == 0 { None } else { score(position) }).collect()
+}

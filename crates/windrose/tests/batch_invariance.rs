@@ -1,0 +1,158 @@
+//! A sequence's tokens and log-probabilities do not depend on its company, bit for bit: alone = batched = chunked =
+//! prefix hit = preempted, on every instruction set of the CPU backend and on the reference.
+//!
+//! Every case runs a real model through the real engine twice: each request alone in a large pool without a prefix
+//! cache, then all together in a pool so small that sequences are preempted and prompts are cut into chunks.
+
+use std::path::Path;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
+
+use backend::sampling::mix64;
+use backend::{Backend, Reference};
+use cpu::{Cpu, CpuOptions, Isa};
+use engine::{Engine, EngineConfig, Event, EventSink, FinishReason, Request, SinkClosed};
+use model::{MixtralRunner, ModelConfig, ModelFiles, RunnerOptions, SampleParams, WeightSource};
+
+const MODELS: [&str; 3] = ["mixtral-8x2-gqa", "mixtral-16x3-sharded", "mistral-dense-window"];
+const BLOCK_SIZE: usize = 4;
+const MAX_MODEL_LEN: usize = 128;
+
+struct ChannelSink(Sender<Event>);
+
+impl EventSink for ChannelSink {
+    fn send(&mut self, event: Event) -> Result<(), SinkClosed> {
+        self.0.send(event).map_err(|_| SinkClosed)
+    }
+
+    fn is_closed(&self) -> bool {
+        false
+    }
+}
+
+/// What a client sees of a choice: tokens with the bits of their log-probabilities.
+type Outcome = Vec<(u32, u32)>;
+
+fn collect(events: Receiver<Event>) -> Outcome {
+    let mut outcome = Vec::new();
+    for event in events {
+        match event {
+            Event::Token(sampled) => {
+                let logprob = sampled.logprob.expect("asked for").logprob;
+                outcome.push((sampled.token, logprob.to_bits()));
+            }
+            Event::Finished(reason) => assert!(matches!(reason, FinishReason::Stop | FinishReason::Length)),
+            Event::Started { .. } | Event::PromptLogprobs(_) => {}
+        }
+    }
+    outcome
+}
+
+/// Requests that share prefixes, mix greedy with drawn tokens, and differ in length.
+fn requests(vocab: u32, seed: u64) -> Vec<Request> {
+    let token = |key: u64| 3 + mix64(key) as u32 % (vocab - 3);
+    let request = |index: u64| {
+        let shared = (0..14).map(|i| token(seed ^ i));
+        let own = (0..1 + mix64(seed + index) % 30).map(|i| token(index * 1000 + i));
+        let greedy = index % 2 == 0;
+        Request {
+            id: format!("request-{index}"),
+            prompt: if index % 3 == 0 { own.collect() } else { shared.chain(own).collect() },
+            num_choices: 1 + (index % 4 == 1) as u32,
+            sampling: SampleParams {
+                temperature: if greedy { 0.0 } else { 1.0 },
+                top_p: 0.95,
+                seed: index,
+                ..SampleParams::default()
+            },
+            max_tokens: 12 + (index * 7 % 24) as u32,
+            min_tokens: 0,
+            eos_token_ids: vec![2],
+            ignore_eos: true,
+            stop_token_ids: Vec::new(),
+            num_logprobs: Some(0),
+            num_prompt_logprobs: None,
+            priority: 0,
+            deadline: None,
+            cache_salt: None,
+        }
+    };
+    (0..12).map(request).collect()
+}
+
+/// Runs requests on a fresh engine, all submitted at once; also returns preemptions and prefix hits.
+fn run<B: Backend>(
+    backend: B,
+    files: &ModelFiles,
+    requests: &[Request],
+    num_blocks: usize,
+    prefix_cache: bool,
+) -> (Vec<Outcome>, u64, u64) {
+    let config = ModelConfig::load(files).unwrap();
+    let options = RunnerOptions {
+        max_model_len: MAX_MODEL_LEN,
+        max_num_batched_tokens: 24,
+        max_num_seqs: 8,
+        block_size: BLOCK_SIZE,
+        num_blocks,
+    };
+    let runner =
+        MixtralRunner::load(backend, files, &config, WeightSource::Checkpoint, options, &mut |_| {}).unwrap();
+    let engine_config = EngineConfig {
+        max_num_seqs: 8,
+        max_num_batched_tokens: 24,
+        enable_prefix_cache: prefix_cache,
+        ..EngineConfig::default()
+    };
+    static START: OnceLock<Instant> = OnceLock::new();
+    let clock = Arc::new(|| START.get_or_init(Instant::now).elapsed());
+    let (handle, thread) = Engine::spawn(Box::new(runner), engine_config, clock);
+    let mut receivers = Vec::new();
+    for request in requests {
+        let (senders, choices): (Vec<_>, Vec<_>) = (0..request.num_choices).map(|_| channel()).unzip();
+        let sinks = senders.into_iter().map(|sender| Box::new(ChannelSink(sender)) as Box<dyn EventSink>);
+        handle.submit(request.clone(), sinks.collect()).unwrap();
+        receivers.extend(choices);
+    }
+    let outcomes = receivers.into_iter().map(collect).collect();
+    let stats = handle.stats();
+    handle.drain();
+    thread.join().expect("the engine ends cleanly");
+    (outcomes, stats.num_preemptions, stats.prefix_cache_hits)
+}
+
+fn check<B: Backend>(new: impl Fn() -> B) {
+    for name in MODELS {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures");
+        let files = ModelFiles::open(&fixtures.join(name)).unwrap();
+        for seed in 0..4 {
+            let requests = requests(128, seed);
+            let alone: Vec<Outcome> = requests
+                .iter()
+                .flat_map(|request| run(new(), &files, std::slice::from_ref(request), 200, false).0)
+                .collect();
+            let (together, num_preemptions, prefix_hits) = run(new(), &files, &requests, 34, true);
+            let case = format!("{name} on {}, seed {seed}", new().describe());
+            assert_eq!(together, alone, "{case}");
+            assert!(num_preemptions > 0, "{case}: the pool was meant to be too small");
+            assert!(prefix_hits > 0, "{case}: prompts were meant to share prefixes");
+        }
+    }
+}
+
+#[test]
+fn every_instruction_set_of_the_cpu_is_batch_invariant() {
+    for isa in Isa::ALL {
+        if !isa.is_available() {
+            println!("skipped {isa:?}: this machine does not have it");
+            continue;
+        }
+        check(|| Cpu::new(CpuOptions { num_threads: Some(2), isa: Some(isa) }));
+    }
+}
+
+#[test]
+fn the_reference_is_batch_invariant() {
+    check(Reference::new);
+}

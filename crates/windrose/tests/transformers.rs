@@ -1,0 +1,165 @@
+//! Our backends against what `transformers` computed: greedy tokens equal, logits within bf16 rounding.
+//!
+//! `tests/fixtures/record.py` made the fixtures and says how; nothing here needs Python.
+
+use std::path::{Path, PathBuf};
+
+use backend::{Backend, Batch, Reference, SampleParams, SampleRow};
+use cpu::{Cpu, CpuOptions, Isa};
+use model::{MixtralRunner, ModelConfig, ModelFiles, ModelRunner, RunnerOptions, WeightSource};
+use safetensors::SafeTensors;
+
+/// Largest error of a logit, as a share of its row's standard deviation. We round what feeds a matrix product to
+/// bf16 (relative error 2⁻⁹ each) and `transformers` in f32 does not; a few such roundings in a row stay below this.
+const LOGIT_TOLERANCE: f32 = 0.06;
+const NUM_PROMPTS: usize = 8;
+const NUM_GREEDY: usize = 64;
+const LOGITS_EVERY: usize = 8;
+const BLOCK_SIZE: u32 = 16;
+
+const TINY_MODELS: [&str; 8] = [
+    "mixtral-8x2-gqa",
+    "mixtral-4x1-mha-f32",
+    "mixtral-16x3-sharded",
+    "mixtral-8x2-tied",
+    "mixtral-8x2-window",
+    "mixtral-8x2-fused",
+    "mistral-dense-window",
+    "llama-dense-f16",
+];
+
+/// One recorded prompt.
+struct Expected {
+    prompt: Vec<u32>,
+    greedy: Vec<u32>,
+    /// Rows of logits before generated tokens 0, 8, 16 ...
+    logits: Vec<Vec<f32>>,
+}
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures").join(name)
+}
+
+fn read_expected(name: &str) -> Vec<Expected> {
+    let bytes = std::fs::read(fixture(name).join("expected.safetensors")).expect("a recorded fixture");
+    let tensors = SafeTensors::deserialize(&bytes).expect("a sound fixture");
+    let words = |name: String| -> Vec<[u8; 4]> { tensors.tensor(&name).unwrap().data().as_chunks().0.to_vec() };
+    let tokens = |name: String| words(name).into_iter().map(u32::from_le_bytes).collect::<Vec<_>>();
+    let read = |index: usize| {
+        let logits: Vec<f32> = words(format!("{index}.logits")).into_iter().map(f32::from_le_bytes).collect();
+        let vocab = logits.len() / (NUM_GREEDY / LOGITS_EVERY);
+        Expected {
+            prompt: tokens(format!("{index}.prompt")),
+            greedy: tokens(format!("{index}.greedy")),
+            logits: logits.chunks_exact(vocab).map(<[f32]>::to_vec).collect(),
+        }
+    };
+    (0..NUM_PROMPTS).map(read).collect()
+}
+
+fn load<B: Backend>(backend: B, files: &ModelFiles) -> MixtralRunner<B> {
+    let config = ModelConfig::load(files).unwrap();
+    let options = RunnerOptions {
+        max_model_len: 512,
+        max_num_batched_tokens: 512,
+        max_num_seqs: NUM_GREEDY,
+        block_size: BLOCK_SIZE as usize,
+        num_blocks: 33,
+    };
+    MixtralRunner::load(backend, files, &config, WeightSource::Checkpoint, options, &mut |_| {}).unwrap()
+}
+
+/// The blocks of the one sequence these tests run.
+fn block_table() -> Vec<u32> {
+    (1..33).collect()
+}
+
+fn argmax(row: &[f32]) -> u32 {
+    (0..row.len()).reduce(|best, i| if row[i] > row[best] { i } else { best }).unwrap() as u32
+}
+
+/// Feeds the prompt and its greedy continuation at once and compares every position.
+fn check_logits<B: Backend>(name: &str, runner: &mut MixtralRunner<B>, expected: &Expected) -> f32 {
+    let tokens: Vec<u32> = expected.prompt.iter().chain(&expected.greedy[..NUM_GREEDY - 1]).copied().collect();
+    let mut batch = Batch::new();
+    batch.push_sequence(&tokens, 0, &block_table(), BLOCK_SIZE);
+    batch.logits_indices = (expected.prompt.len() as u32 - 1..tokens.len() as u32).collect();
+    let logits = runner.logits(&batch).unwrap();
+    let rows: Vec<&[f32]> = logits.chunks_exact(logits.len() / NUM_GREEDY).collect();
+
+    let greedy: Vec<u32> = rows.iter().map(|row| argmax(row)).collect();
+    assert_eq!(greedy, expected.greedy, "{name}: greedy tokens, all at once");
+    let pairs = rows.iter().step_by(LOGITS_EVERY).zip(&expected.logits);
+    pairs.map(|(got, expected)| relative_error(got, expected)).fold(0.0, f32::max)
+}
+
+/// The largest difference, in standard deviations of the expected row.
+fn relative_error(got: &[f32], expected: &[f32]) -> f32 {
+    let mean = expected.iter().sum::<f32>() / expected.len() as f32;
+    let variance = expected.iter().map(|x| (x - mean).powi(2)).sum::<f32>() / expected.len() as f32;
+    let worst = got.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    worst / variance.sqrt()
+}
+
+/// Generates token by token after a prompt in two chunks.
+fn check_generation<B: Backend>(name: &str, runner: &mut MixtralRunner<B>, expected: &Expected) {
+    let params = SampleParams::greedy();
+    let row = SampleRow { params: &params, prompt: &[], output: &[], banned: &[], forced: None, num_logprobs: None };
+    let (first, second) = expected.prompt.split_at(expected.prompt.len() / 2);
+    let mut step = |tokens: &[u32], num_computed: usize| {
+        let mut batch = Batch::new();
+        batch.push_sequence(tokens, num_computed as u32, &block_table(), BLOCK_SIZE);
+        batch.logits_indices = vec![tokens.len() as u32 - 1];
+        let output = runner.execute(&batch, &[row]).unwrap();
+        output.sampled[0].as_ref().unwrap().token
+    };
+    step(first, 0);
+    let mut generated = vec![step(second, first.len())];
+    while generated.len() < NUM_GREEDY {
+        let num_computed = expected.prompt.len() + generated.len() - 1;
+        generated.push(step(&generated[generated.len() - 1..], num_computed));
+    }
+    assert_eq!(generated, expected.greedy, "{name}: greedy tokens, one by one");
+}
+
+fn check<B: Backend>(name: &str, backend: B, files: &ModelFiles) {
+    let described = format!("{name} on {}", backend.describe());
+    let mut runner = load(backend, files);
+    let mut worst = 0f32;
+    for expected in read_expected(name) {
+        worst = worst.max(check_logits(&described, &mut runner, &expected));
+        check_generation(&described, &mut runner, &expected);
+    }
+    println!("{described}: largest logit error {worst:.4} standard deviations");
+    assert!(worst <= LOGIT_TOLERANCE, "{described}: logits are {worst} standard deviations off");
+}
+
+fn cpu_backends() -> Vec<Cpu> {
+    let available = Isa::ALL.into_iter().filter(|isa| isa.is_available());
+    available.map(|isa| Cpu::new(CpuOptions { num_threads: Some(2), isa: Some(isa) })).collect()
+}
+
+#[test]
+fn tiny_models_of_every_shape_match_on_the_reference() {
+    for name in TINY_MODELS {
+        check(name, Reference::new(), &ModelFiles::open(&fixture(name)).unwrap());
+    }
+}
+
+#[test]
+fn tiny_models_of_every_shape_match_on_the_cpu() {
+    for name in TINY_MODELS {
+        for backend in cpu_backends() {
+            check(name, backend, &ModelFiles::open(&fixture(name)).unwrap());
+        }
+    }
+}
+
+#[test]
+fn the_demo_model_matches_on_both() {
+    let files = ModelFiles::Embedded(demo::files());
+    check("demo", Reference::new(), &files);
+    for backend in cpu_backends() {
+        check("demo", backend, &files);
+    }
+}
