@@ -75,6 +75,11 @@ impl<B: Backend> MixtralRunner<B> {
         Ok(Self { backend, model, workspace, limits })
     }
 
+    /// What the model runs on, for people.
+    pub fn describe_backend(&self) -> String {
+        self.backend.describe()
+    }
+
     /// The logits `[num_logits, vocab]` of one step, for tests and tools; the cache advances as in
     /// [`ModelRunner::execute`].
     ///

@@ -1,0 +1,135 @@
+//! From settings to a model that is ready to run: finds the files, sizes the cache, chooses the backend, loads.
+
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use cpu::{Cpu, CpuOptions};
+use model::{MixtralRunner, ModelConfig, ModelFiles, ModelRunner, ModelSummary, RunnerOptions, WeightSource};
+use tracing::info;
+
+use crate::inspect::bytes;
+use crate::memory;
+use crate::progress::Progress;
+use crate::settings::Settings;
+
+/// The demo model's name for clients.
+const DEMO_NAME: &str = "windrose-demo";
+/// The share of the available memory that an automatically sized cache takes at most.
+const AUTOMATIC_CACHE_SHARE: u64 = 4;
+
+/// A model's files and what they describe.
+pub(crate) struct Model {
+    pub(crate) name: String,
+    pub(crate) files: ModelFiles,
+    pub(crate) config: ModelConfig,
+}
+
+impl Model {
+    /// Finds the model that the settings name and reads its configuration.
+    pub(crate) fn find(settings: &Settings) -> Result<Self> {
+        let path = Path::new(&settings.model);
+        let (files, default_name) = if settings.model.is_empty() {
+            (ModelFiles::Embedded(demo::files()), DEMO_NAME.to_owned())
+        } else {
+            let files = ModelFiles::open(path)?;
+            let directory = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+            let name = directory.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned());
+            (files, name)
+        };
+        let config = ModelConfig::load(&files)?;
+        let named = !settings.served_model_name.is_empty();
+        let name = if named { settings.served_model_name.clone() } else { default_name };
+        Ok(Self { name, files, config })
+    }
+
+    /// Loads the weights onto the backend that the settings choose.
+    pub(crate) fn load(&self, settings: &Settings) -> Result<Box<dyn ModelRunner>> {
+        if !matches!(settings.device.as_str(), "auto" | "cpu") {
+            bail!("device is \"{}\", and this build runs on \"cpu\" (or \"auto\")", settings.device);
+        }
+        let num_threads = (settings.threads > 0).then_some(settings.threads);
+        let backend = Cpu::new(CpuOptions { num_threads, isa: None });
+        let options = self.runner_options(settings)?;
+        let source = match settings.dummy_seed()? {
+            Some(seed) => WeightSource::Dummy { seed },
+            None => WeightSource::Checkpoint,
+        };
+        let summary = ModelSummary::new(&self.config);
+        info!(
+            model = self.name,
+            weights = bytes(summary.weight_bytes()),
+            cache = bytes(cache_bytes(&summary, &options)),
+            cache_tokens = (options.num_blocks - 1) * options.block_size,
+            max_model_len = options.max_model_len,
+            "loading"
+        );
+        let start = Instant::now();
+        let mut progress = Progress::new("loading layers", self.config.num_layers);
+        let runner =
+            MixtralRunner::load(backend, &self.files, &self.config, source, options, &mut |n| progress.advance_to(n))?;
+        info!(
+            seconds = format!("{:.3}", start.elapsed().as_secs_f64()),
+            backend = runner.describe_backend(),
+            "loaded"
+        );
+        Ok(Box::new(runner))
+    }
+
+    /// The runner's limits; the cache's share of memory is decided here.
+    fn runner_options(&self, settings: &Settings) -> Result<RunnerOptions> {
+        let trained_len = self.config.max_position_embeddings;
+        let max_model_len = if settings.max_model_len == 0 { trained_len } else { settings.max_model_len };
+        ensure!(
+            max_model_len <= trained_len,
+            "max_model_len is {max_model_len}, and this model was trained for {trained_len} positions"
+        );
+        for (key, value) in [
+            ("block_size", settings.block_size),
+            ("max_num_seqs", settings.max_num_seqs),
+            ("max_num_batched_tokens", settings.max_num_batched_tokens),
+        ] {
+            ensure!((1..=1 << 20).contains(&value), "{key} is {value}, expected 1 to {}", 1 << 20);
+        }
+        ensure!(
+            settings.max_num_batched_tokens >= settings.max_num_seqs,
+            "max_num_batched_tokens ({}) must be at least max_num_seqs ({}), for one token of each",
+            settings.max_num_batched_tokens,
+            settings.max_num_seqs
+        );
+        let mut options = RunnerOptions {
+            max_model_len,
+            max_num_batched_tokens: settings.max_num_batched_tokens,
+            max_num_seqs: settings.max_num_seqs,
+            block_size: settings.block_size,
+            num_blocks: 0,
+        };
+        options.num_blocks = 1 + self.num_cache_blocks(settings, &options)?;
+        Ok(options)
+    }
+
+    /// Blocks beside the padding block.
+    fn num_cache_blocks(&self, settings: &Settings, options: &RunnerOptions) -> Result<usize> {
+        let block_bytes = ModelSummary::new(&self.config).kv_bytes_per_token * options.block_size as u64;
+        let blocks_per_sequence = options.max_model_len.div_ceil(options.block_size);
+        let wanted = blocks_per_sequence * options.max_num_seqs;
+        let granted_bytes = match settings.kv_cache_mib {
+            0 => memory::available_bytes() / AUTOMATIC_CACHE_SHARE,
+            mib => (mib as u64) << 20,
+        };
+        let granted = usize::try_from(granted_bytes / block_bytes).context("kv_cache_mib is too large")?;
+        let num_blocks = if settings.kv_cache_mib == 0 { wanted.min(granted) } else { granted };
+        ensure!(
+            num_blocks > 0,
+            "{} of cache hold not even one block of {} tokens, which takes {}; raise kv_cache_mib",
+            bytes(granted_bytes),
+            options.block_size,
+            bytes(block_bytes)
+        );
+        Ok(num_blocks)
+    }
+}
+
+fn cache_bytes(summary: &ModelSummary, options: &RunnerOptions) -> u64 {
+    summary.kv_bytes_per_token * (options.num_blocks * options.block_size) as u64
+}
