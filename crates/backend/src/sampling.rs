@@ -101,9 +101,9 @@ pub struct Sampled {
     pub top_logprobs: Vec<TokenLogprob>,
 }
 
-/// A row of logits with no largest finite value: the model's weights or inputs are broken.
+/// A row of logits with no largest finite value: the model is broken, or bias and bans left no token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
-#[error("the model produced logits that are not finite numbers")]
+#[error("no token can be taken: the logits are not finite numbers")]
 pub struct NonFiniteLogits;
 
 /// Takes one token from `logits` `[vocab]`.
@@ -111,13 +111,10 @@ pub struct NonFiniteLogits;
 /// # Errors
 /// [`NonFiniteLogits`] if a logit is NaN or positive infinity, or none is finite.
 pub fn sample_row(logits: &[f32], row: &SampleRow<'_>) -> Result<Sampled, NonFiniteLogits> {
-    let max = logits.iter().fold(f32::NEG_INFINITY, |max, &x| if x <= max { max } else { x });
-    if !max.is_finite() || logits.iter().any(|x| x.is_nan()) {
-        return Err(NonFiniteLogits);
-    }
+    let max = finite_max(logits)?;
     let token = match row.forced {
         Some(token) => token,
-        None => take_token(logits, row),
+        None => take_token(logits, row)?,
     };
     let Some(num_logprobs) = row.num_logprobs else {
         return Ok(Sampled { token, logprob: None, top_logprobs: Vec::new() });
@@ -136,7 +133,14 @@ pub fn sample_row(logits: &[f32], row: &SampleRow<'_>) -> Result<Sampled, NonFin
     })
 }
 
-fn take_token(logits: &[f32], row: &SampleRow<'_>) -> u32 {
+/// The largest logit, if the row can be sampled from.
+fn finite_max(logits: &[f32]) -> Result<f32, NonFiniteLogits> {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sound = max.is_finite() && !logits.iter().any(|x| x.is_nan());
+    if sound { Ok(max) } else { Err(NonFiniteLogits) }
+}
+
+fn take_token(logits: &[f32], row: &SampleRow<'_>) -> Result<u32, NonFiniteLogits> {
     let params = row.params;
     let untouched = params.logit_bias.is_empty() && row.banned.is_empty() && !params.has_penalties();
     let adjusted;
@@ -146,14 +150,14 @@ fn take_token(logits: &[f32], row: &SampleRow<'_>) -> u32 {
         adjusted = adjust(logits, row);
         &adjusted
     };
+    // Bias and bans may have left nothing, or overflowed.
+    let max = finite_max(logits)?;
     if params.temperature == 0.0 || params.top_k == 1 {
-        return argmax(logits);
+        return Ok(argmax(logits));
     }
-    let candidates = Candidates::new(logits, params.temperature).keep_top_k(params.top_k);
-    candidates
-        .keep_top_p(params.top_p)
-        .keep_min_p(params.min_p)
-        .draw(uniform(params.seed, row.output.len() as u64))
+    let candidates = Candidates::new(logits, max, params.temperature).keep_top_k(params.top_k);
+    let candidates = candidates.keep_top_p(params.top_p).keep_min_p(params.min_p);
+    Ok(candidates.draw(uniform(params.seed, row.output.len() as u64)))
 }
 
 /// The logits after bias, penalties and bans.
@@ -218,8 +222,7 @@ struct Candidates {
 }
 
 impl Candidates {
-    fn new(logits: &[f32], temperature: f32) -> Self {
-        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    fn new(logits: &[f32], max: f32, temperature: f32) -> Self {
         let probability = |logit: f32| (f64::from(logit - max) / f64::from(temperature)).exp();
         let tokens = logits.iter().zip(0..).map(|(&logit, token)| (token, probability(logit)));
         Self { tokens: tokens.filter(|&(_, p)| p > 0.0).collect(), sorted: false }
@@ -378,6 +381,8 @@ mod tests {
             assert_eq!(sample_row(&logits, &row(&params)), Err(NonFiniteLogits), "{logits:?}");
         }
         assert!(sample_row(&[f32::NEG_INFINITY, 1.0], &row(&params)).is_ok());
+        let all_banned = SampleRow { banned: &[0, 1], ..row(&params) };
+        assert_eq!(sample_row(&[0.0, 1.0], &all_banned), Err(NonFiniteLogits));
     }
 
     #[test]

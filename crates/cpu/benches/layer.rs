@@ -2,7 +2,8 @@
 //! measured in the same run on the same bytes, and how many operations prefill does per second.
 //!
 //! `cargo bench -p windrose-cpu [-- ISA...]`. Weights and tokens are random and the tokens of a step differ,
-//! so that they are routed as a real batch would be. A busy machine moves both sides of a ratio: trust ratios.
+//! so that they are routed as a real batch would be. A busy machine moves both sides of a ratio: trust ratios,
+//! and of prefill the operations per second of processor time.
 
 use std::time::Instant;
 
@@ -188,13 +189,27 @@ impl Layer {
         let mut batch = Batch::new();
         let table: Vec<u32> = (1..=num_tokens.div_ceil(BLOCK_SIZE) as u32).collect();
         batch.push_sequence(&vec![0; num_tokens], 0, &table, BLOCK_SIZE as u32);
-        let seconds = median((0..3).map(|_| self.step(&batch)).collect());
+        let before = processor_seconds();
+        let seconds: Vec<f64> = (0..3).map(|_| self.step(&batch)).collect();
+        let busy = (processor_seconds() - before) / seconds.len() as f64;
+        let seconds = median(seconds);
         println!(
-            "  prefill {num_tokens} tokens: {:.0} ms, {:.1} GFLOP/s",
+            "  prefill {num_tokens} tokens: {:.0} ms, {:.1} GFLOP/s, {:.1} GFLOP/s per busy core",
             1e3 * seconds,
-            flops(num_tokens) / seconds / 1e9
+            flops(num_tokens) / seconds / 1e9,
+            flops(num_tokens) / busy / 1e9,
         );
     }
+}
+
+/// Processor time of this process's threads so far; not a number where the system does not tell it.
+fn processor_seconds() -> f64 {
+    let Ok(threads) = std::fs::read_dir("/proc/self/task") else { return f64::NAN };
+    let nanoseconds = threads.flatten().map(|thread| {
+        let stat = std::fs::read_to_string(thread.path().join("schedstat")).unwrap_or_default();
+        stat.split_whitespace().next().and_then(|field| field.parse::<f64>().ok()).unwrap_or(f64::NAN)
+    });
+    nanoseconds.sum::<f64>() / 1e9
 }
 
 /// Operations of the matrix products; attention's are few beside them.

@@ -185,8 +185,10 @@ impl Running {
         values: &[&[bf16]],
         first: usize,
     ) {
-        let mut sums: [[f32; N]; H] =
-            std::array::from_fn(|h| std::array::from_fn(|i| self.values[head + h][first + i]));
+        let mut sums = [[0.0; N]; H];
+        for h in 0..H {
+            sums[h].copy_from_slice(&self.values[head + h][first..][..N]);
+        }
         for (position, value) in values.iter().enumerate() {
             let value: &[bf16] = &value[first..first + N];
             for h in 0..H {

@@ -7,12 +7,22 @@
 //!            x0  x1        every (weight row, token) pair has exactly one accumulator, which walks K from
 //!        w0  a00 a01       the start to the end; tiles only say which pairs walk together
 //!        w1  a10 a11
-//!        w2  a20 a21       K in blocks ──► a block of all activation rows stays in the L1 cache while the
-//!        w3  a30 a31       weight rows stream past; accumulators wait in between, unrounded
+//!        w2  a20 a21
+//!        w3  a30 a31
 //! ```
 //!
 //! So a pair's result depends on the two rows and the instruction set alone, bit for bit: not on the tile that
-//! it fell in, nor on the rows beside it. This file does not know where rows come from or where sums go.
+//! it fell in, nor on the rows beside it.
+//!
+//! A few tokens are one tile wide: memory is the limit, and every weight row is read in one go. With more of
+//! them arithmetic is, and K is cut into blocks: a block of the activations is unpacked into the L1 cache
+//! once, and the weight rows stream past it while accumulators wait in between, unrounded. Unpacked rows are
+//! contiguous; rows of activations, like rows of weights, are usually a multiple of 4 KiB apart, and a dozen of
+//! them would fight over the same eight ways of the cache.
+//!
+//! This file does not know where rows come from or where sums go.
+
+use std::ops::Range;
 
 use half::bf16;
 
@@ -22,10 +32,14 @@ use crate::simd::Simd;
 pub(crate) const MAX_ROWS: usize = 32;
 /// Most activation rows of one call.
 pub(crate) const MAX_TOKENS: usize = 8;
-/// Weight rows of a full tile.
+/// Weight rows of a full tile when there are few tokens.
 pub(crate) const TILE_ROWS: usize = 4;
-/// Elements of K after which a product with many tokens turns to its next tile; a multiple of every `STEP`.
-const K_BLOCK: usize = 512;
+/// Tokens of a full tile when there are many.
+const TILE_TOKENS: usize = 4;
+/// Steps of K in a block: 16 KiB of activations at 64 bytes per step and token, half of an L1 cache.
+const BLOCK_STEPS: usize = 32;
+/// Elements of a cache line.
+const LINE: usize = 32;
 
 const _: () = assert!(MAX_ROWS.is_multiple_of(TILE_ROWS));
 
@@ -77,97 +91,221 @@ pub(crate) type TokenRows<'a> = RowList<'a, MAX_TOKENS>;
 pub(crate) fn dot_rows<S: Simd>(simd: S, w: &WeightRows<'_>, x: &TokenRows<'_>, sums: &mut Sums) {
     let len = w.first().map_or(0, |row| row.len());
     assert!(w.iter().chain(x.iter()).all(|row| row.len() == len), "rows of a product have one length");
-    // With few tokens the weights come from memory, and each row is better read in one go.
-    let k_block = if x.len() <= S::TILE_TOKENS { len } else { K_BLOCK };
-    let mut accumulators = [[simd.zero(); MAX_ROWS]; MAX_TOKENS];
+    match x.len() {
+        0 => {}
+        1 => few_tokens::<S, 1>(simd, w, x, sums),
+        2 => few_tokens::<S, 2>(simd, w, x, sums),
+        3 if S::FEW_TOKENS >= 3 => few_tokens::<S, 3>(simd, w, x, sums),
+        4 if S::FEW_TOKENS >= 4 => few_tokens::<S, 4>(simd, w, x, sums),
+        _ if S::TILE_ROWS >= 4 => many_tokens::<S, 4>(simd, w, x, sums),
+        _ => many_tokens::<S, 2>(simd, w, x, sums),
+    }
+}
+
+/// The accumulators of a tile of `R` weight rows and `T` tokens.
+type TileSums<S, const R: usize, const T: usize> = [[<S as Simd>::Accumulator; R]; T];
+
+/// Multiplies exactly `T` tokens, every weight row in one go.
+#[inline(always)]
+fn few_tokens<S: Simd, const T: usize>(simd: S, w: &[&[bf16]], x: &[&[bf16]], sums: &mut Sums) {
+    let mut row = 0;
+    while row + TILE_ROWS <= w.len() {
+        few_tokens_tile::<S, TILE_ROWS, T>(simd, w, row, x, sums);
+        row += TILE_ROWS;
+    }
+    while row < w.len() {
+        few_tokens_tile::<S, 1, T>(simd, w, row, x, sums);
+        row += 1;
+    }
+}
+
+#[inline(always)]
+fn few_tokens_tile<S: Simd, const R: usize, const T: usize>(
+    simd: S,
+    w: &[&[bf16]],
+    row: usize,
+    x: &[&[bf16]],
+    sums: &mut Sums,
+) {
+    let len = w[row].len();
+    let w = cut::<R>(&w[row..], 0..len);
+    let x = cut::<T>(x, 0..len);
+    let tile = walk(
+        simd,
+        w,
+        [[simd.zero(); R]; T],
+        #[inline(always)]
+        // SAFETY: `walk` asks for whole steps of `len` elements, and all rows of `x` have as many.
+        |step, t| unsafe { simd.load(x[t].as_ptr().add(step * S::STEP)) },
+        #[inline(always)]
+        |t| simd.load_partial(&x[t][len - len % S::STEP..]),
+    );
+    for t in 0..T {
+        for r in 0..R {
+            sums[t][row + r] = simd.sum(tile[t][r]);
+        }
+    }
+}
+
+/// A block of the activations, `[step][token]`.
+type Unpacked<S> = [[<S as Simd>::Elements; MAX_TOKENS]; BLOCK_STEPS];
+/// The accumulators of all pairs, `[token][weight row]`.
+type Accumulators<S> = [[<S as Simd>::Accumulator; MAX_ROWS]; MAX_TOKENS];
+
+/// Multiplies many tokens in blocks of K, in tiles of `R` weight rows.
+#[inline(always)]
+fn many_tokens<S: Simd, const R: usize>(simd: S, w: &[&[bf16]], x: &[&[bf16]], sums: &mut Sums) {
+    let len = x[0].len();
+    let mut unpacked: Unpacked<S> = [[simd.load_partial(&[]); MAX_TOKENS]; BLOCK_STEPS];
+    let mut accumulators: Accumulators<S> = [[simd.zero(); MAX_ROWS]; MAX_TOKENS];
     let mut start = 0;
     while start < len {
-        let k = start..len.min(start + k_block);
-        match S::TILE_TOKENS {
-            4 => tiles::<S, 4>(simd, w, x, k.clone(), &mut accumulators),
-            _ => tiles::<S, 2>(simd, w, x, k.clone(), &mut accumulators),
+        let k = start..len.min(start + BLOCK_STEPS * S::STEP);
+        unpack(simd, x, k.clone(), &mut unpacked);
+        let mut row = 0;
+        while row < w.len() {
+            // The weights that come next are asked for while these are multiplied.
+            w[row..].iter().skip(R).take(R).for_each(|next| prefetch(simd, &next[k.clone()]));
+            if row + R <= w.len() {
+                many_tokens_rows::<S, R>(simd, w, row, k.clone(), &unpacked, x.len(), &mut accumulators);
+                row += R;
+            } else {
+                many_tokens_rows::<S, 1>(simd, w, row, k.clone(), &unpacked, x.len(), &mut accumulators);
+                row += 1;
+            }
         }
         start = k.end;
     }
-    for (sums, accumulators) in sums.iter_mut().zip(&accumulators[..x.len()]) {
-        for (sum, &accumulator) in sums.iter_mut().zip(&accumulators[..w.len()]) {
-            *sum = simd.sum(accumulator);
+    for t in 0..x.len() {
+        for r in 0..w.len() {
+            sums[t][r] = simd.sum(accumulators[t][r]);
         }
     }
 }
 
-/// The pairs of one call, `[token][weight row]`.
-type Accumulators<S> = [[<S as Simd>::Accumulator; MAX_ROWS]; MAX_TOKENS];
-
-/// Walks all pairs along elements `k`, in tiles of [`TILE_ROWS`] × `T` and single rows and tokens at the edges.
+/// Loads the steps of elements `k` of all tokens, the last padded with zeros.
 #[inline(always)]
-fn tiles<S: Simd, const T: usize>(
+fn unpack<S: Simd>(simd: S, x: &[&[bf16]], k: Range<usize>, unpacked: &mut Unpacked<S>) {
+    for (token, row) in x.iter().enumerate() {
+        let mut rest = &row[k.clone()];
+        for step in unpacked.iter_mut() {
+            if rest.len() < S::STEP {
+                step[token] = simd.load_partial(rest);
+                break;
+            }
+            // SAFETY: `rest` has at least `STEP` elements.
+            step[token] = unsafe { simd.load(rest.as_ptr()) };
+            rest = &rest[S::STEP..];
+        }
+    }
+}
+
+/// Walks `R` weight rows, from `row` on, and all tokens along the block of elements `k`.
+#[inline(always)]
+fn many_tokens_rows<S: Simd, const R: usize>(
     simd: S,
     w: &[&[bf16]],
-    x: &[&[bf16]],
-    k: std::ops::Range<usize>,
+    row: usize,
+    k: Range<usize>,
+    unpacked: &Unpacked<S>,
+    num_tokens: usize,
     accumulators: &mut Accumulators<S>,
 ) {
-    let mut row = 0;
-    while row < w.len() {
-        let full = w.len() - row >= TILE_ROWS;
-        let mut token = 0;
-        while token < x.len() {
-            let (w, x) = (&w[row..], &x[token..]);
-            let wide = x.len() >= T;
-            let corner = &mut accumulators[token..];
-            match (full, wide) {
-                (true, true) => tile::<S, TILE_ROWS, T>(simd, w, x, k.clone(), corner, row),
-                (true, false) => tile::<S, TILE_ROWS, 1>(simd, w, x, k.clone(), corner, row),
-                (false, true) => tile::<S, 1, T>(simd, w, x, k.clone(), corner, row),
-                (false, false) => tile::<S, 1, 1>(simd, w, x, k.clone(), corner, row),
-            }
-            token += if wide { T } else { 1 };
-        }
-        row += if full { TILE_ROWS } else { 1 };
+    let w = cut::<R>(&w[row..], k);
+    let mut token = 0;
+    while token + TILE_TOKENS <= num_tokens {
+        many_tokens_tile::<S, R, TILE_TOKENS>(simd, w, row, unpacked, token, accumulators);
+        token += TILE_TOKENS;
+    }
+    while token < num_tokens {
+        many_tokens_tile::<S, R, 1>(simd, w, row, unpacked, token, accumulators);
+        token += 1;
     }
 }
 
-/// Walks the pairs of the first `R` rows of `w` and the first `T` of `x` along elements `k`.
 #[inline(always)]
-fn tile<S: Simd, const R: usize, const T: usize>(
+fn many_tokens_tile<S: Simd, const R: usize, const T: usize>(
     simd: S,
-    w: &[&[bf16]],
-    x: &[&[bf16]],
-    k: std::ops::Range<usize>,
-    accumulators: &mut [[S::Accumulator; MAX_ROWS]],
-    first_row: usize,
+    w: [&[bf16]; R],
+    row: usize,
+    unpacked: &Unpacked<S>,
+    token: usize,
+    accumulators: &mut Accumulators<S>,
 ) {
-    let w: [&[bf16]; R] = std::array::from_fn(|r| &w[r][k.clone()]);
-    let x: [&[bf16]; T] = std::array::from_fn(|t| &x[t][k.clone()]);
-    let mut sums: [[S::Accumulator; R]; T] =
-        std::array::from_fn(|t| std::array::from_fn(|r| accumulators[t][first_row + r]));
-
-    let whole = k.len() - k.len() % S::STEP;
-    let mut i = 0;
-    while i < whole {
-        // SAFETY: all rows were cut to `k.len()` elements above, and `i + STEP <= whole <= k.len()`.
-        let load = |row: &[bf16]| unsafe { simd.load(row.as_ptr().add(i)) };
-        let x = x.map(load);
-        for r in 0..R {
-            let w = load(w[r]);
-            for t in 0..T {
-                sums[t][r] = simd.dot(sums[t][r], w, x[t]);
-            }
-        }
-        i += S::STEP;
-    }
-    if whole < k.len() {
-        let x = x.map(|x| simd.load_partial(&x[whole..]));
-        for r in 0..R {
-            let w = simd.load_partial(&w[r][whole..]);
-            for t in 0..T {
-                sums[t][r] = simd.dot(sums[t][r], w, x[t]);
-            }
-        }
-    }
-
+    let mut tile = [[simd.zero(); R]; T];
     for t in 0..T {
-        accumulators[t][first_row..][..R].copy_from_slice(&sums[t]);
+        tile[t].copy_from_slice(&accumulators[token + t][row..row + R]);
     }
+    let last_step = w[0].len() / S::STEP;
+    let tile = walk(
+        simd,
+        w,
+        tile,
+        #[inline(always)]
+        |step, t| unpacked[step][token + t],
+        #[inline(always)]
+        |t| unpacked[last_step][token + t],
+    );
+    for t in 0..T {
+        accumulators[token + t][row..row + R].copy_from_slice(&tile[t]);
+    }
+}
+
+/// Walks the pairs of a tile along all of `w`, whose rows are of one length.
+///
+/// `x(step, t)` is a whole step of token `t`, `x_rest(t)` what is left of it after the last whole step.
+#[inline(always)]
+fn walk<S: Simd, const R: usize, const T: usize>(
+    simd: S,
+    w: [&[bf16]; R],
+    mut sums: TileSums<S, R, T>,
+    x: impl Fn(usize, usize) -> S::Elements,
+    x_rest: impl Fn(usize) -> S::Elements,
+) -> TileSums<S, R, T> {
+    let len = w[0].len();
+    assert!(w.iter().all(|row| row.len() == len));
+    let num_steps = len / S::STEP;
+    // SAFETY: every row has `len` elements, and each caller below asks for one of its whole steps.
+    let weights = |step: usize, r: usize| unsafe { simd.load(w[r].as_ptr().add(step * S::STEP)) };
+    // The shorter side of the tile waits in registers while the longer passes by.
+    let mut held = [simd.load_partial(&[]); TILE_ROWS];
+    for step in 0..num_steps {
+        if R <= T {
+            (0..R).for_each(|r| held[r] = weights(step, r));
+            for t in 0..T {
+                let token = x(step, t);
+                (0..R).for_each(|r| sums[t][r] = simd.dot(sums[t][r], held[r], token));
+            }
+        } else {
+            (0..T).for_each(|t| held[t] = x(step, t));
+            for r in 0..R {
+                let weights = weights(step, r);
+                (0..T).for_each(|t| sums[t][r] = simd.dot(sums[t][r], weights, held[t]));
+            }
+        }
+    }
+    if len % S::STEP > 0 {
+        for r in 0..R {
+            let weights = simd.load_partial(&w[r][num_steps * S::STEP..]);
+            for t in 0..T {
+                sums[t][r] = simd.dot(sums[t][r], weights, x_rest(t));
+            }
+        }
+    }
+    sums
+}
+
+/// Elements `k` of the first `N` rows.
+#[inline(always)]
+fn cut<'a, const N: usize>(rows: &[&'a [bf16]], k: Range<usize>) -> [&'a [bf16]; N] {
+    let mut cut: [&[bf16]; N] = [&[]; N];
+    for i in 0..N {
+        cut[i] = &rows[i][k.clone()];
+    }
+    cut
+}
+
+#[inline(always)]
+fn prefetch<S: Simd>(simd: S, row: &[bf16]) {
+    row.iter().step_by(LINE).for_each(|element| simd.prefetch(element));
 }

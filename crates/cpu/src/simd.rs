@@ -42,8 +42,10 @@ pub(crate) trait Simd: Copy {
     type Accumulator: Copy;
     /// Elements that one [`Simd::dot`] takes from each row.
     const STEP: usize;
-    /// Tokens that are multiplied at once with [`crate::dot::TILE_ROWS`] rows: as many as the registers hold.
-    const TILE_TOKENS: usize;
+    /// Most tokens whose accumulators fit the registers beside [`crate::dot::TILE_ROWS`] weight rows.
+    const FEW_TOKENS: usize;
+    /// Weight rows of a tile when there are more tokens than that.
+    const TILE_ROWS: usize;
 
     /// The empty sum.
     fn zero(self) -> Self::Accumulator;
@@ -59,6 +61,10 @@ pub(crate) trait Simd: Copy {
 
     /// Adds the products of `w` and `x` to `sum`.
     fn dot(self, sum: Self::Accumulator, w: Self::Elements, x: Self::Elements) -> Self::Accumulator;
+
+    /// Asks for the cache line of an element that will be loaded soon.
+    #[inline(always)]
+    fn prefetch(self, _: &bf16) {}
 
     /// Adds up the lanes.
     fn sum(self, sum: Self::Accumulator) -> f32;

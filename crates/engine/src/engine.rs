@@ -215,3 +215,111 @@ impl EngineThread {
         self.thread.join().unwrap_or_else(|panic| Err(EngineError::Panicked(panic_message(panic))))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU64;
+    use std::time::Duration;
+
+    use model::RunnerLimits;
+
+    use super::*;
+    use crate::fake::FakeRunner;
+    use crate::request::{Event, Request};
+    use crate::submission::SubmitError;
+    use crate::testing::{Reader, clock, limits, request, sink};
+
+    fn engine(runner: FakeRunner) -> (EngineHandle, Engine, Arc<AtomicU64>) {
+        let (clock, now_ms) = clock();
+        let (handle, engine) = Engine::new(Box::new(runner), EngineConfig::default(), clock);
+        (handle, engine, now_ms)
+    }
+
+    fn submit(handle: &EngineHandle, request: Request) -> Result<Reader, SubmitError> {
+        let (sink, reader) = sink();
+        handle.submit(request, vec![sink]).map(|()| reader)
+    }
+
+    fn last(reader: &Reader) -> Option<Event> {
+        reader.events().pop()
+    }
+
+    #[track_caller]
+    fn check_failure(runner: FakeRunner, expected: &str) {
+        let (handle, mut engine, _) = engine(runner);
+        let runs = submit(&handle, request(&[1, 2], 9)).unwrap();
+        assert_eq!(engine.step().unwrap(), Progress::Stepped);
+        let waits = submit(&handle, request(&[1; 50], 9)).unwrap();
+        assert_eq!(engine.step().unwrap_err().to_string(), expected);
+        for reader in [runs, waits] {
+            assert_eq!(last(&reader), Some(Event::Finished(FinishReason::Error)));
+        }
+        let stats = handle.stats();
+        assert!(stats.is_stopped && !stats.is_draining);
+        assert_eq!((stats.num_free_blocks, stats.finished.iter().sum()), (15, stats.num_accepted));
+        assert_eq!(submit(&handle, request(&[1], 1)).err(), Some(SubmitError::Stopped));
+        assert_eq!(engine.step().unwrap(), Progress::Ended);
+    }
+
+    #[test]
+    fn a_model_that_fails_or_panics_ends_every_sequence_and_the_engine() {
+        let device = FakeRunner::new(limits()).with_device_failure_at(2);
+        check_failure(device, "the device failed: the fake device fails");
+        let panic = FakeRunner::new(limits()).with_panic_at(2);
+        check_failure(panic, "the engine panicked: the fake model panics");
+    }
+
+    #[test]
+    fn a_draining_engine_finishes_what_it_has_and_an_aborted_one_does_not() {
+        for is_aborted in [false, true] {
+            let (handle, mut engine, _) = engine(FakeRunner::new(limits()));
+            let reader = submit(&handle, request(&[1, 2], 3)).unwrap();
+            engine.step().unwrap();
+            if is_aborted {
+                handle.abort()
+            } else {
+                handle.drain()
+            }
+            assert_eq!(submit(&handle, request(&[1], 1)).err(), Some(SubmitError::Draining));
+            while engine.step().unwrap() != Progress::Ended {}
+            let expected = if is_aborted { FinishReason::Shutdown } else { FinishReason::Length };
+            assert_eq!(last(&reader), Some(Event::Finished(expected)));
+        }
+    }
+
+    #[test]
+    fn an_engine_that_is_dropped_ends_what_it_has() {
+        let (handle, mut engine, _) = engine(FakeRunner::new(limits()));
+        let runs = submit(&handle, request(&[1, 2], 3)).unwrap();
+        engine.step().unwrap();
+        let waits = submit(&handle, request(&[1, 2], 3)).unwrap();
+        drop(engine);
+        for reader in [runs, waits] {
+            assert_eq!(last(&reader), Some(Event::Finished(FinishReason::Shutdown)));
+        }
+        assert!(handle.stats().is_stopped);
+        assert_eq!(submit(&handle, request(&[1], 1)).err(), Some(SubmitError::Stopped));
+    }
+
+    #[test]
+    fn a_watchdogs_patience_begins_when_work_arrives_and_not_when_the_last_was_done() {
+        let (handle, mut engine, now_ms) = engine(FakeRunner::new(limits()));
+        let mut check = |at_ms: u64, action: &mut dyn FnMut(&mut Engine), expected_ms: u64| {
+            now_ms.store(at_ms, Relaxed);
+            action(&mut engine);
+            assert_eq!(handle.stats().last_step_at, Duration::from_millis(expected_ms));
+        };
+        let mut readers = Vec::new();
+        check(1000, &mut |engine| assert_eq!(engine.step().unwrap(), Progress::Idle), 0);
+        check(2000, &mut |_| readers.push(submit(&handle, request(&[1, 2], 2)).unwrap()), 2000);
+        check(3000, &mut |_| readers.push(submit(&handle, request(&[1, 2], 2)).unwrap()), 2000);
+        check(4000, &mut |engine| assert_eq!(engine.step().unwrap(), Progress::Stepped), 4000);
+    }
+
+    #[test]
+    fn a_cache_that_is_too_large_to_count_is_refused_at_the_start() {
+        let limits = RunnerLimits { block_size: 1 << 20, num_blocks: 1 << 20, ..limits() };
+        let make = || Scheduler::new(limits, &EngineConfig::default(), Arc::new(SharedStats::default()));
+        assert!(catch_unwind(make).is_err());
+    }
+}

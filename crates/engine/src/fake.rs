@@ -13,9 +13,9 @@
 
 use std::time::Duration;
 
-use backend::sampling::sample_row;
 use model::{
     BackendError, Batch, ModelRunner, NonFiniteLogits, RunnerLimits, SampleRow, Sampled, StepOutput, mix64,
+    sample_row,
 };
 
 /// Logit of a token that is meant to win; the others' are below [`FakeRunner::MAX_LOGIT`].

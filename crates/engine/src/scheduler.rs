@@ -50,6 +50,7 @@ pub(crate) struct Scheduler {
     enable_prefix_cache: bool,
     waiting: BTreeMap<SequenceKey, Box<Sequence>>,
     /// Sorted by key.
+    #[expect(clippy::vec_box, reason = "sequences are large, and move within and between the two lines")]
     running: Vec<Box<Sequence>>,
     blocks: BlockManager,
     hasher: BlockHasher,
@@ -400,7 +401,8 @@ impl Scheduler {
         self.blocks.check_integrity(tables);
         assert!(self.running.is_sorted_by(|a, b| a.key < b.key));
         assert!(self.running.len() <= self.max_num_seqs);
-        assert!(self.waiting.values().all(|sequence| sequence.block_table.is_empty()));
+        let mut waiting = self.waiting.values();
+        assert!(waiting.all(|sequence| sequence.block_table.is_empty() && sequence.num_computed_tokens == 0));
         for sequence in &self.running {
             let num_full = sequence.num_computed_tokens / self.limits.block_size;
             assert!(sequence.num_computed_tokens < sequence.len(), "a running sequence lacks a token");
@@ -423,3 +425,6 @@ fn num_lacking(sequence: &Sequence) -> usize {
 fn to_u32(n: usize) -> u32 {
     u32::try_from(n).expect("sizes were checked to fit in 32 bits at the start")
 }
+
+#[cfg(test)]
+mod tests;

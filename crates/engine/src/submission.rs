@@ -151,7 +151,7 @@ mod tests {
 
     #[track_caller]
     fn check(change: impl FnOnce(&mut Request), expected: Result<(), &str>) {
-        // 100 tokens of context, 12 blocks of 4 tokens, 16 tokens of vocabulary.
+        // 16 tokens of vocabulary, 40 of context, and a cache of 48.
         let limits =
             RunnerLimits { vocab_size: 16, max_model_len: 40, num_blocks: 13, block_size: 4, ..limits() };
         let mut request = request(&[1, 2, 3], 5);

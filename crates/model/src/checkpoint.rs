@@ -91,7 +91,8 @@ impl Checkpoint {
 
     /// The tensors that were not taken, sorted by name.
     pub(crate) fn remaining(&self) -> Vec<(&str, &StoredTensor)> {
-        let mut remaining: Vec<_> = self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        let mut remaining: Vec<_> =
+            self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
         remaining.sort_by_key(|(name, _)| *name);
         remaining
     }
@@ -124,7 +125,8 @@ fn no_weights(files: &ModelFiles) -> ModelError {
             "there is no such file, and {name} is a pickle, which runs code when read and is never opened; \
              convert the checkpoint to safetensors"
         ),
-        None => "there is no such file and no index of shards; give a complete checkpoint or --dummy-weights".to_owned(),
+        None => "there is no such file and no index of shards; give a complete checkpoint or --dummy-weights"
+            .to_owned(),
     };
     ModelError::File { file: files.display_name(SINGLE_FILE), reason }
 }

@@ -222,7 +222,9 @@ impl RawConfig {
         }
         if let Some(quantization) = self.quantization_config.as_ref().filter(|value| !value.is_null()) {
             let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unnamed");
-            return Err(format!("quantization_config ({method}) is not supported, give the unquantised checkpoint"));
+            return Err(format!(
+                "quantization_config ({method}) is not supported, give the unquantised checkpoint"
+            ));
         }
         let scaling = self.rope_scaling.as_ref().filter(|value| !value.is_null());
         let scaling_type = scaling.map(|value| {
@@ -232,7 +234,9 @@ impl RawConfig {
         let parameters_type = self.rope_parameters.as_ref().and_then(|p| p.rope_type.as_deref());
         match scaling_type.or(parameters_type) {
             None | Some("default") => Ok(()),
-            Some(other) => Err(format!("rope scaling of type \"{other}\" is not supported, only unscaled rope is")),
+            Some(other) => {
+                Err(format!("rope scaling of type \"{other}\" is not supported, only unscaled rope is"))
+            }
         }
     }
 

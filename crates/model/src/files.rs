@@ -35,9 +35,12 @@ impl ModelFiles {
         } else {
             path
         };
-        let error = |reason: &str| ModelError::File { file: path.display().to_string(), reason: reason.to_owned() };
+        let error =
+            |reason: &str| ModelError::File { file: path.display().to_string(), reason: reason.to_owned() };
         if !path.exists() {
-            return Err(error("no such file or directory; give the directory of a model in Hugging Face layout"));
+            return Err(error(
+                "no such file or directory; give the directory of a model in Hugging Face layout",
+            ));
         }
         if !directory.join("config.json").is_file() {
             return Err(error("this is not a model directory in Hugging Face layout: it has no config.json"));
@@ -59,7 +62,10 @@ impl ModelFiles {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(error(e.to_string())),
             Ok(metadata) if metadata.len() > MAX_TEXT_BYTES => {
-                return Err(error(format!("{} bytes, more than the {MAX_TEXT_BYTES} accepted", metadata.len())));
+                return Err(error(format!(
+                    "{} bytes, more than the {MAX_TEXT_BYTES} accepted",
+                    metadata.len()
+                )));
             }
             Ok(_) => {}
         }

@@ -19,7 +19,8 @@ mod summary;
 mod weights;
 
 pub use backend::{
-    BackendError, Batch, NonFiniteLogits, SampleParams, SampleRow, Sampled, TokenLogprob, sampling::mix64,
+    BackendError, Batch, NonFiniteLogits, SampleParams, SampleRow, Sampled, TokenLogprob,
+    sampling::{mix64, sample_row},
 };
 pub use config::{Architecture, ModelConfig};
 pub use error::ModelError;

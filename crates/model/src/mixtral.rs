@@ -92,7 +92,14 @@ impl<B: Backend> Mixtral<B> {
             if index == 0 {
                 backend.rms_norm(&w.residual, &layer.input_norm, self.eps, &mut w.normed, rows);
             } else {
-                backend.add_rms_norm(&mut w.residual, &w.delta, &layer.input_norm, self.eps, &mut w.normed, rows);
+                backend.add_rms_norm(
+                    &mut w.residual,
+                    &w.delta,
+                    &layer.input_norm,
+                    self.eps,
+                    &mut w.normed,
+                    rows,
+                );
             }
             self.forward_layer(backend, layer, index, rows, w);
         }
@@ -104,7 +111,14 @@ impl<B: Backend> Mixtral<B> {
     }
 
     /// From the layer's normed input to `delta`, what its experts add to the residual.
-    fn forward_layer(&self, backend: &mut B, layer: &Layer<B>, index: usize, rows: usize, w: &mut Workspace<B>) {
+    fn forward_layer(
+        &self,
+        backend: &mut B,
+        layer: &Layer<B>,
+        index: usize,
+        rows: usize,
+        w: &mut Workspace<B>,
+    ) {
         let (kv, routing) = (&mut w.kv[index], &mut w.routings[index]);
         backend.linear(&w.normed, &layer.qkv, &mut w.qkv, rows);
         backend.rope_store_kv(&w.qkv, &self.rope, &mut w.queries, kv);
@@ -119,7 +133,12 @@ impl<B: Backend> Mixtral<B> {
 }
 
 impl<B: Backend> Layer<B> {
-    fn load(backend: &mut B, config: &ModelConfig, weights: &mut Weights, index: usize) -> Result<Self, ModelError> {
+    fn load(
+        backend: &mut B,
+        config: &ModelConfig,
+        weights: &mut Weights,
+        index: usize,
+    ) -> Result<Self, ModelError> {
         let weights = weights.layer(index, config)?;
         Ok(Self {
             input_norm: backend.vector(&weights.input_norm)?,
@@ -133,7 +152,11 @@ impl<B: Backend> Layer<B> {
 }
 
 impl<B: Backend> Workspace<B> {
-    pub(crate) fn new(backend: &mut B, config: &ModelConfig, limits: &RunnerLimits) -> Result<Self, ModelError> {
+    pub(crate) fn new(
+        backend: &mut B,
+        config: &ModelConfig,
+        limits: &RunnerLimits,
+    ) -> Result<Self, ModelError> {
         let (tokens, logits) = (limits.max_num_batched_tokens, limits.max_num_logits);
         let (hidden, attention) = (config.hidden_size, config.attention);
         let q = attention.q_features();

@@ -45,7 +45,10 @@ impl Weights {
     }
 
     /// The last norm and the output projection `[vocab, hidden]`; `None` if that is the embedding table.
-    pub(crate) fn head(&mut self, config: &ModelConfig) -> Result<(WeightView, Option<WeightView>), ModelError> {
+    pub(crate) fn head(
+        &mut self,
+        config: &ModelConfig,
+    ) -> Result<(WeightView, Option<WeightView>), ModelError> {
         let norm = self.norm("model.norm.weight", config.hidden_size)?;
         let head = match config.tie_word_embeddings {
             true => None,
@@ -88,7 +91,11 @@ impl Weights {
         match checkpoint.remaining().into_iter().find(|(name, _)| !harmless(name)) {
             None => Ok(()),
             Some((name, tensor)) => {
-                let reason = format!("unexpected in a {} with {} layers", config.architecture.name(), config.num_layers);
+                let reason = format!(
+                    "unexpected in a {} with {} layers",
+                    config.architecture.name(),
+                    config.num_layers
+                );
                 Err(tensor_error(name, tensor, reason))
             }
         }
@@ -112,7 +119,8 @@ impl Weights {
         {
             let gate_up = fused_experts(checkpoint, &fused, [num_experts, 2 * ffn, hidden])?;
             let (gate, up) = gate_up.iter().map(|expert| split_rows(expert, ffn)).unzip();
-            let down = fused_experts(checkpoint, &format!("{block}.experts.down_proj"), [num_experts, hidden, ffn])?;
+            let down =
+                fused_experts(checkpoint, &format!("{block}.experts.down_proj"), [num_experts, hidden, ffn])?;
             return Ok((router, ExpertsView { gate, up, down }));
         }
         let mut experts = |name: &str, rows, cols| {
@@ -165,7 +173,11 @@ fn view(name: &str, tensor: &StoredTensor, expected: &[usize]) -> Result<WeightV
         return Err(tensor_error(name, tensor, reason));
     };
     if tensor.shape != expected {
-        return Err(tensor_error(name, tensor, format!("expected shape {expected:?}, found {:?}", tensor.shape)));
+        return Err(tensor_error(
+            name,
+            tensor,
+            format!("expected shape {expected:?}, found {:?}", tensor.shape),
+        ));
     }
     let cols = *expected.last().expect("a weight has a dimension");
     let rows = expected[..expected.len() - 1].iter().product();

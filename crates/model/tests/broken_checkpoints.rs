@@ -106,8 +106,14 @@ fn tensors_that_do_not_fit_are_named_with_what_was_expected_and_found() {
         },
         &["model.safetensors", W1, "missing"],
     );
-    tensor_case(|header| header.get_mut(W1).unwrap()["shape"] = json!([32, 48]), &[W1, "[48, 32]", "[32, 48]"]);
-    tensor_case(|header| header.get_mut(W1).unwrap()["dtype"] = json!("I16"), &[W1, "BF16, F16 or F32", "I16"]);
+    tensor_case(
+        |header| header.get_mut(W1).unwrap()["shape"] = json!([32, 48]),
+        &[W1, "[48, 32]", "[32, 48]"],
+    );
+    tensor_case(
+        |header| header.get_mut(W1).unwrap()["dtype"] = json!("I16"),
+        &[W1, "BF16, F16 or F32", "I16"],
+    );
 }
 
 #[test]
@@ -116,7 +122,8 @@ fn unsound_files_are_named() {
     tensor_case(
         |header| {
             let offsets = header["model.norm.weight"]["data_offsets"].clone();
-            header.insert("twin".to_owned(), json!({"dtype": "BF16", "shape": [32], "data_offsets": offsets}));
+            header
+                .insert("twin".to_owned(), json!({"dtype": "BF16", "shape": [32], "data_offsets": offsets}));
         },
         &["model.safetensors", "sound"],
     );

@@ -13,184 +13,16 @@ use std::task::{Context, Poll, ready};
 
 use engine::{Event, EventSink, FinishReason, SinkClosed};
 use futures_util::Stream;
-use model::Sampled;
 use tokio::sync::mpsc;
 
 use crate::accounting::ChoiceMeter;
+use crate::choice_text::{ChoiceText, Delta, Ending, TextOptions};
 use crate::error::ApiError;
-use crate::logprobs::{TokenScore, prompt_scores, token_score};
-use crate::text::detokenizer::Detokenizer;
-use crate::text::stop::StopMatcher;
+use crate::logprobs::prompt_scores;
 use crate::text::vocabulary::Vocabulary;
-use crate::tool_calls::{self, ToolCall};
 
 /// Events of one choice that may wait for a slow reader before it is cancelled.
 const MAX_WAITING_EVENTS: usize = 1024;
-
-/// Why an answer ended, in OpenAI's terms.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Ending {
-    /// The model ended it, or a stop string or token did.
-    Stop,
-    /// A limit cut it: of tokens, of time (`deadline_ms`), or of the server's own life.
-    Length,
-    /// It calls tools.
-    ToolCalls,
-}
-
-impl Ending {
-    pub(crate) fn as_str(self) -> &'static str {
-        match self {
-            Self::Stop => "stop",
-            Self::Length => "length",
-            Self::ToolCalls => "tool_calls",
-        }
-    }
-}
-
-/// What one or more events add to a choice.
-#[derive(Debug, Default)]
-pub(crate) struct Delta {
-    pub(crate) text: String,
-    /// Scores of the tokens whose text is shown, if they were asked for.
-    pub(crate) scores: Vec<TokenScore>,
-    /// Scores of the whole prompt, if they were asked for.
-    pub(crate) prompt_scores: Option<Vec<TokenScore>>,
-    pub(crate) tool_calls: Vec<ToolCall>,
-    pub(crate) ending: Option<Ending>,
-    pub(crate) num_tokens: u64,
-    pub(crate) num_cached_tokens: u64,
-    pub(crate) sum_logprobs: f64,
-}
-
-impl Delta {
-    /// Appends what came later.
-    pub(crate) fn append(&mut self, later: Delta) {
-        self.text.push_str(&later.text);
-        self.scores.extend(later.scores);
-        self.prompt_scores = self.prompt_scores.take().or(later.prompt_scores);
-        self.tool_calls.extend(later.tool_calls);
-        self.ending = later.ending.or(self.ending);
-        self.num_tokens += later.num_tokens;
-        self.num_cached_tokens += later.num_cached_tokens;
-        self.sum_logprobs += later.sum_logprobs;
-    }
-
-    /// Whether there is nothing in it that a client would see.
-    pub(crate) fn is_silent(&self) -> bool {
-        let is_empty = self.text.is_empty() && self.scores.is_empty() && self.tool_calls.is_empty();
-        is_empty && self.prompt_scores.is_none() && self.ending.is_none()
-    }
-}
-
-/// How a choice's tokens become text.
-#[derive(Debug, Clone)]
-pub(crate) struct TextOptions {
-    /// The text goes on where the prompt ends, instead of being a message of its own.
-    pub(crate) continues_prompt: bool,
-    pub(crate) stops: Vec<String>,
-    /// The token after which tool calls are read; `None` if tools were not offered.
-    pub(crate) tool_calls_token: Option<u32>,
-    /// Keeps only the first tool call (`parallel_tool_calls: false`).
-    pub(crate) single_tool_call: bool,
-}
-
-/// The text of one choice so far.
-pub(crate) struct ChoiceText {
-    detokenizer: Detokenizer,
-    stops: StopMatcher,
-    tool_calls_token: Option<u32>,
-    single_tool_call: bool,
-    /// What the model wrote after its tool-calls token.
-    calls: Option<String>,
-    /// Scores whose text is still held back.
-    waiting_scores: Vec<TokenScore>,
-    num_decoded_chars: usize,
-    num_released_chars: usize,
-}
-
-impl ChoiceText {
-    pub(crate) fn new(vocabulary: &Arc<Vocabulary>, prompt: &[u32], options: &TextOptions) -> Self {
-        let vocabulary = Arc::clone(vocabulary);
-        let detokenizer =
-            if options.continues_prompt { Detokenizer::after(vocabulary, prompt) } else { Detokenizer::new(vocabulary) };
-        Self {
-            detokenizer,
-            stops: StopMatcher::new(&options.stops),
-            tool_calls_token: options.tool_calls_token,
-            single_tool_call: options.single_tool_call,
-            calls: None,
-            waiting_scores: Vec::new(),
-            num_decoded_chars: 0,
-            num_released_chars: 0,
-        }
-    }
-
-    /// Takes in a token; returns whether a stop string ends the text there.
-    pub(crate) fn push(&mut self, sampled: &Sampled, delta: &mut Delta) -> bool {
-        delta.num_tokens += 1;
-        delta.sum_logprobs += sampled.logprob.map_or(0.0, |own| f64::from(own.logprob));
-        if self.calls.is_none() && self.tool_calls_token == Some(sampled.token) {
-            self.end_text(delta);
-            self.calls = Some(String::new());
-            return false;
-        }
-        self.waiting_scores.extend(token_score(sampled, &self.detokenizer, self.num_decoded_chars));
-        let (mut decoded, mut released) = (String::new(), String::new());
-        self.detokenizer.push(sampled.token, &mut decoded);
-        self.num_decoded_chars += decoded.chars().count();
-        let is_stopped = self.stops.push(&decoded, &mut released);
-        self.release(released, delta);
-        if is_stopped {
-            self.waiting_scores.clear();
-        }
-        is_stopped
-    }
-
-    /// Lets go of all that was held back: the choice has ended.
-    pub(crate) fn finish(&mut self, ending: Ending, delta: &mut Delta) {
-        self.end_text(delta);
-        delta.ending = Some(ending);
-        let Some(written) = self.calls.take() else { return };
-        match tool_calls::parse(&written) {
-            Some(mut calls) => {
-                if self.single_tool_call {
-                    calls.truncate(1);
-                }
-                delta.tool_calls = calls;
-                delta.ending = Some(if ending == Ending::Stop { Ending::ToolCalls } else { ending });
-            }
-            // Not a call that could be passed on: the client sees what the model wrote.
-            None => delta.text.push_str(&written),
-        }
-    }
-
-    fn end_text(&mut self, delta: &mut Delta) {
-        let (mut decoded, mut released) = (String::new(), String::new());
-        self.detokenizer.finish(&mut decoded);
-        self.num_decoded_chars += decoded.chars().count();
-        if !self.stops.push(&decoded, &mut released) {
-            self.stops.finish(&mut released);
-        }
-        self.release(released, delta);
-    }
-
-    /// Shows text, and the scores of the tokens that it begins to show.
-    fn release(&mut self, released: String, delta: &mut Delta) {
-        self.num_released_chars += released.chars().count();
-        match &mut self.calls {
-            Some(calls) => {
-                calls.push_str(&released);
-                self.waiting_scores.clear();
-            }
-            None => delta.text.push_str(&released),
-        }
-        let nothing_is_held = self.stops.is_idle() && self.detokenizer.is_idle();
-        let is_shown = |score: &TokenScore| nothing_is_held || score.text_offset < self.num_released_chars;
-        let num_shown = self.waiting_scores.iter().take_while(|score| is_shown(score)).count();
-        delta.scores.extend(self.waiting_scores.drain(..num_shown));
-    }
-}
 
 /// The way from the engine to one choice: bounded, and never waited for.
 pub(crate) struct ChannelSink(mpsc::Sender<Event>);
@@ -228,7 +60,10 @@ impl ChoiceStream {
         let (sender, receiver) = mpsc::channel(MAX_WAITING_EVENTS);
         let text = ChoiceText::new(vocabulary, &prompt, options);
         let vocabulary = Arc::clone(vocabulary);
-        (Box::new(ChannelSink(sender)), Self { index, receiver: Some(receiver), text, vocabulary, prompt, meter })
+        (
+            Box::new(ChannelSink(sender)),
+            Self { index, receiver: Some(receiver), text, vocabulary, prompt, meter },
+        )
     }
 
     /// Counts the choice as accepted.
@@ -297,91 +132,5 @@ impl Stream for ChoiceStream {
             None => this.ending(FinishReason::Cancelled).map(|_| Delta::default()),
         };
         Poll::Ready(Some((this.index, said)))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use model::TokenLogprob;
-
-    use super::*;
-    use crate::text::tokenizer::test_tokenizers::LLAMA;
-
-    fn options(stops: &[&str]) -> TextOptions {
-        TextOptions {
-            continues_prompt: false,
-            stops: stops.iter().map(|&stop| stop.to_owned()).collect(),
-            tool_calls_token: LLAMA.token_to_id("[TOOL_CALLS]"),
-            single_tool_call: false,
-        }
-    }
-
-    fn sampled(token: u32) -> Sampled {
-        Sampled { token, logprob: Some(TokenLogprob { token, logprob: -1.0, rank: 1 }), top_logprobs: Vec::new() }
-    }
-
-    /// Runs tokens to their end, and returns the deltas appended up and the text of each.
-    fn run(tokens: &[u32], options: &TextOptions, ending: Ending) -> (Delta, Vec<String>) {
-        let mut text = ChoiceText::new(LLAMA.vocabulary(), &[], options);
-        let (mut whole, mut parts) = (Delta::default(), Vec::new());
-        for &token in tokens {
-            let mut delta = Delta::default();
-            let is_stopped = text.push(&sampled(token), &mut delta);
-            if is_stopped {
-                text.finish(Ending::Stop, &mut delta);
-            }
-            parts.push(delta.text.clone());
-            whole.append(delta);
-            if is_stopped {
-                return (whole, parts);
-            }
-        }
-        let mut delta = Delta::default();
-        text.finish(ending, &mut delta);
-        parts.push(delta.text.clone());
-        whole.append(delta);
-        (whole, parts)
-    }
-
-    fn ids(text: &str) -> Vec<u32> {
-        LLAMA.encode_bare(text).unwrap()
-    }
-
-    fn scored(delta: &Delta) -> String {
-        let bytes: Vec<u8> = delta.scores.iter().flat_map(|score| score.token.bytes.clone()).collect();
-        String::from_utf8(bytes).unwrap()
-    }
-
-    #[test]
-    fn scores_join_to_the_text_that_is_shown() {
-        for text in ["a b", "é€ x", "the [INST]", "x\n\ny"] {
-            let (whole, _) = run(&ids(text), &options(&[]), Ending::Length);
-            assert_eq!((whole.text.as_str(), scored(&whole)), (text, text.to_owned()));
-        }
-        let with_end = [ids("a b"), vec![2]].concat();
-        let (whole, _) = run(&with_end, &options(&[]), Ending::Stop);
-        assert_eq!((whole.text.as_str(), scored(&whole).as_str(), whole.num_tokens), ("a b", "a b", with_end.len() as u64));
-    }
-
-    #[test]
-    fn stop_strings_across_tokens_are_never_shown() {
-        let (whole, parts) = run(&ids("x y END z"), &options(&[" END"]), Ending::Length);
-        assert_eq!((whole.text.as_str(), whole.ending), ("x y", Some(Ending::Stop)));
-        assert_eq!(scored(&whole), "x y");
-        assert!(parts.iter().all(|part| !part.contains('E')), "{parts:?}");
-        let (whole, parts) = run(&ids("x EN"), &options(&["END"]), Ending::Length);
-        assert_eq!((whole.text.as_str(), parts.last().unwrap().as_str()), ("x EN", "EN"));
-        assert_eq!(scored(&whole), "x EN");
-    }
-
-    #[test]
-    fn tool_calls_are_read_after_their_token_and_other_words_are_shown() {
-        let call = |written: &str| [ids("so "), vec![5], ids(written), vec![2]].concat();
-        let (whole, _) = run(&call(r#"[{"name": "f", "arguments": {"a": 1}}]"#), &options(&[]), Ending::Stop);
-        assert_eq!((whole.text.as_str(), whole.ending), ("so ", Some(Ending::ToolCalls)));
-        assert_eq!((whole.tool_calls[0].name.as_str(), whole.tool_calls[0].arguments.as_str()), ("f", r#"{"a": 1}"#));
-        let (whole, _) = run(&call(r#"[{"name": "f", "argu"#), &options(&[]), Ending::Length);
-        assert!(whole.tool_calls.is_empty() && whole.text.ends_with("argu"), "{whole:?}");
-        assert_eq!(whole.ending, Some(Ending::Length));
     }
 }

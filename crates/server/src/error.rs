@@ -65,7 +65,8 @@ impl ApiError {
 
     /// 400: prompt and answer do not fit the model.
     pub(crate) fn context_length_exceeded(param: &str, max_model_len: usize, requested: &str) -> Self {
-        let message = format!("This model's maximum context length is {max_model_len} tokens. However, {requested}.");
+        let message =
+            format!("This model's maximum context length is {max_model_len} tokens. However, {requested}.");
         Self::invalid(param, "context_length_exceeded", message)
     }
 
@@ -80,7 +81,11 @@ impl ApiError {
     }
 
     pub(crate) fn unknown_route(method: &str, path: &str) -> Self {
-        Self::refused(StatusCode::NOT_FOUND, "unknown_url", format!("Unknown request URL: {method} {}.", quoted(path)))
+        Self::refused(
+            StatusCode::NOT_FOUND,
+            "unknown_url",
+            format!("Unknown request URL: {method} {}.", quoted(path)),
+        )
     }
 
     pub(crate) fn method_not_allowed(method: &str, path: &str) -> Self {
@@ -94,11 +99,17 @@ impl ApiError {
     }
 
     pub(crate) fn body_timeout() -> Self {
-        Self::refused(StatusCode::REQUEST_TIMEOUT, "request_timeout", "The request body did not arrive in time.").closing()
+        Self::refused(
+            StatusCode::REQUEST_TIMEOUT,
+            "request_timeout",
+            "The request body did not arrive in time.",
+        )
+        .closing()
     }
 
     pub(crate) fn unsupported_media_type() -> Self {
-        let message = "The request body must be sent as 'Content-Type: application/json', without Content-Encoding.";
+        let message =
+            "The request body must be sent as 'Content-Type: application/json', without Content-Encoding.";
         Self::refused(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message)
     }
 
@@ -115,7 +126,11 @@ impl ApiError {
 
     /// The reader of a stream let too much pile up, and was cancelled.
     pub(crate) fn read_too_slowly() -> Self {
-        Self::refused(StatusCode::REQUEST_TIMEOUT, "client_too_slow", "The answer was read too slowly and was cancelled.")
+        Self::refused(
+            StatusCode::REQUEST_TIMEOUT,
+            "client_too_slow",
+            "The answer was read too slowly and was cancelled.",
+        )
     }
 
     pub(crate) fn internal() -> Self {
@@ -138,7 +153,12 @@ impl ApiError {
         match error {
             SubmitError::QueueFull { retry_after } => {
                 let message = "The server has too many requests waiting. Please retry later.";
-                let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "rate_limit_exceeded", message);
+                let error = Self::new(
+                    StatusCode::TOO_MANY_REQUESTS,
+                    "rate_limit_error",
+                    "rate_limit_exceeded",
+                    message,
+                );
                 Self { retry_after: Some(retry_after), ..error }
             }
             SubmitError::Draining => Self::draining(),

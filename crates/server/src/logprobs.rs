@@ -32,7 +32,8 @@ pub(crate) struct TokenText {
 impl TokenText {
     /// The token's text; a token that is a part of a character is spelled `bytes:\xe2\x82`.
     pub(crate) fn text(&self) -> String {
-        let spell = || self.bytes.iter().fold("bytes:".to_owned(), |text, byte| format!("{text}\\x{byte:02x}"));
+        let spell =
+            || self.bytes.iter().fold("bytes:".to_owned(), |text, byte| format!("{text}\\x{byte:02x}"));
         std::str::from_utf8(&self.bytes).map_or_else(|_| spell(), str::to_owned)
     }
 }

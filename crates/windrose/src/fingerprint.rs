@@ -9,8 +9,13 @@ use crate::load::Model;
 use crate::settings::Settings;
 
 /// Text files of a model that decide what is computed.
-const TEXT_FILES: [&str; 5] =
-    ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
+const TEXT_FILES: [&str; 5] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+];
 /// Places of a weight file that are looked at, and bytes at each: enough to tell two fine-tunes apart, and next to
 /// no reading.
 const NUM_SAMPLES: usize = 64;

@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 use server::AppState;
 use tower::ServiceExt;
 
+use crate::load::Model;
 use crate::serve;
 use crate::settings::Settings;
 
@@ -28,7 +29,12 @@ pub(crate) fn command() -> Command {
     Command::new("generate")
         .about("Answers one prompt on the terminal")
         .arg(Arg::new("prompt").help("The question; - reads standard input").required(true))
-        .arg(Arg::new("raw").long("raw").action(ArgAction::SetTrue).help("Continues the text, without a chat template"))
+        .arg(
+            Arg::new("raw")
+                .long("raw")
+                .action(ArgAction::SetTrue)
+                .help("Continues the text, without a chat template"),
+        )
         .arg(Arg::new("system").long("system").help("A system message"))
         .arg(number("max_tokens", "Most tokens to generate [default: until the model stops; 128 with --raw]"))
         .arg(number("temperature", "0 takes the likeliest token [default: 0]"))
@@ -42,7 +48,7 @@ pub(crate) fn run(settings: &Settings, arguments: &ArgMatches) -> Result<()> {
         Some("-") => read_standard_input()?,
         prompt => prompt.unwrap_or_default().to_owned(),
     };
-    let (state, engine, thread) = serve::start(settings)?;
+    let (state, engine, thread) = serve::start(settings, &Model::find(settings)?)?;
     let (path, body) = request(arguments, &prompt);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let answered = runtime.block_on(stream(state, path, &body));
@@ -80,7 +86,8 @@ fn request(arguments: &ArgMatches, prompt: &str) -> (&'static str, Value) {
     }
     let system = arguments.get_one::<String>("system");
     let system = system.map(|content| json!({"role": "system", "content": content}));
-    let messages: Vec<Value> = system.into_iter().chain([json!({"role": "user", "content": prompt})]).collect();
+    let messages: Vec<Value> =
+        system.into_iter().chain([json!({"role": "user", "content": prompt})]).collect();
     body.insert("messages".to_owned(), json!(messages));
     ("/v1/chat/completions", body.into())
 }

@@ -9,7 +9,8 @@ pub(crate) fn page(name: &str, config: &ModelConfig, available_bytes: u64) -> St
     let summary = ModelSummary::new(config);
     let attention = &config.attention;
     let mut page = String::new();
-    let mut row = |label: &str, value: String| writeln!(page, "  {label:<22}{value}").expect("writing to a string");
+    let mut row =
+        |label: &str, value: String| writeln!(page, "  {label:<22}{value}").expect("writing to a string");
 
     row("model", name.to_owned());
     row("architecture", config.architecture.name().to_owned());

@@ -34,7 +34,8 @@ impl Model {
         } else {
             let files = ModelFiles::open(path)?;
             let directory = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-            let name = directory.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned());
+            let name =
+                directory.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned());
             (files, name)
         };
         let config = ModelConfig::load(&files)?;
@@ -66,8 +67,9 @@ impl Model {
         );
         let start = Instant::now();
         let mut progress = Progress::new("loading layers", self.config.num_layers);
-        let runner =
-            MixtralRunner::load(backend, &self.files, &self.config, source, options, &mut |n| progress.advance_to(n))?;
+        let runner = MixtralRunner::load(backend, &self.files, &self.config, source, options, &mut |n| {
+            progress.advance_to(n)
+        })?;
         info!(
             seconds = format!("{:.3}", start.elapsed().as_secs_f64()),
             backend = runner.describe_backend(),

@@ -57,14 +57,17 @@ fn command() -> Command {
         .subcommand(
             Command::new("inspect")
                 .about("Says what a model is: experts, parameters, bytes, and how many tokens fit here")
-                .arg(Arg::new("path").value_name("MODEL").help("Its directory [default: the setting `model`]")),
+                .arg(
+                    Arg::new("path").value_name("MODEL").help("Its directory [default: the setting `model`]"),
+                ),
         )
 }
 
 fn run(matches: &ArgMatches) -> Result<()> {
     let (name, arguments) = matches.subcommand().unwrap_or(("serve", matches));
     let file = arguments.get_one::<PathBuf>("config");
-    let mut settings = Settings::resolve(file.map(PathBuf::as_path), |name| std::env::var(name).ok(), arguments)?;
+    let mut settings =
+        Settings::resolve(file.map(PathBuf::as_path), |name| std::env::var(name).ok(), arguments)?;
     match name {
         "serve" => {
             start_log(&settings, "")?;

@@ -8,10 +8,11 @@ const FALLBACK_BYTES: u64 = 4 << 30;
 /// Bytes available now: what the machine has left, or what the process's cgroup still grants if that is less.
 pub(crate) fn available_bytes() -> u64 {
     let machine = read_to_string("/proc/meminfo").ok().and_then(|text| meminfo_available(&text));
-    let cgroup = cgroup_headroom("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current").or_else(|| {
-        let v1 = "/sys/fs/cgroup/memory/memory";
-        cgroup_headroom(&format!("{v1}.limit_in_bytes"), &format!("{v1}.usage_in_bytes"))
-    });
+    let cgroup =
+        cgroup_headroom("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current").or_else(|| {
+            let v1 = "/sys/fs/cgroup/memory/memory";
+            cgroup_headroom(&format!("{v1}.limit_in_bytes"), &format!("{v1}.usage_in_bytes"))
+        });
     machine.unwrap_or(FALLBACK_BYTES).min(cgroup.unwrap_or(u64::MAX))
 }
 

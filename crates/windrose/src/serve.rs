@@ -24,8 +24,9 @@ pub(crate) fn run(settings: &Settings) -> Result<()> {
     let listener = bind(settings)?;
     let address = listener.local_addr()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let (state, engine, thread) = start(settings)?;
-    println!("{}", banner(&state.model_name(), address));
+    let model = Model::find(settings)?;
+    let (state, engine, thread) = start(settings, &model)?;
+    println!("{}", banner(&model.name, address));
     runtime.block_on(async {
         let listener = tokio::net::TcpListener::from_std(listener)?;
         let (ended_sender, ended) = oneshot::channel();
@@ -52,9 +53,8 @@ pub(crate) fn run(settings: &Settings) -> Result<()> {
 }
 
 /// Loads the model and starts its engine and everything that a server shares.
-pub(crate) fn start(settings: &Settings) -> Result<(AppState, EngineHandle, EngineThread)> {
-    let model = Model::find(settings)?;
-    let text = TextModel::new(&text_files(&model)?)?;
+pub(crate) fn start(settings: &Settings, model: &Model) -> Result<(AppState, EngineHandle, EngineThread)> {
+    let text = TextModel::new(&text_files(model)?)?;
     let runner = model.load(settings)?;
     let engine_config = EngineConfig {
         max_num_seqs: settings.max_num_seqs,
@@ -66,7 +66,7 @@ pub(crate) fn start(settings: &Settings) -> Result<(AppState, EngineHandle, Engi
     let start = Instant::now();
     let clock: Clock = Arc::new(move || start.elapsed());
     let (engine, thread) = Engine::spawn(runner, engine_config, clock.clone());
-    let config = server_config(settings, &model)?;
+    let config = server_config(settings, model)?;
     Ok((AppState::new(config, text, engine.clone(), clock)?, engine, thread))
 }
 
@@ -74,9 +74,13 @@ fn bind(settings: &Settings) -> Result<TcpListener> {
     let (host, port) = (settings.host.as_str(), settings.port);
     let listener = TcpListener::bind((host, port)).map_err(|error| {
         let advice = match error.kind() {
-            std::io::ErrorKind::AddrInUse => "; another program has this port: end it or choose one with --port",
+            std::io::ErrorKind::AddrInUse => {
+                "; another program has this port: end it or choose one with --port"
+            }
             std::io::ErrorKind::AddrNotAvailable => "; --host must be an address of this machine, or 0.0.0.0",
-            std::io::ErrorKind::PermissionDenied => "; ports below 1024 need privileges: choose one with --port",
+            std::io::ErrorKind::PermissionDenied => {
+                "; ports below 1024 need privileges: choose one with --port"
+            }
             _ => "",
         };
         anyhow::anyhow!("cannot listen on {host}:{port}: {error}{advice}")
@@ -89,7 +93,10 @@ fn bind(settings: &Settings) -> Result<TcpListener> {
 fn text_files(model: &Model) -> Result<TextFiles> {
     let read = |name: &str| Ok::<_, anyhow::Error>(model.files.read(name)?.map(|contents| contents.to_vec()));
     let Some(tokenizer_json) = read("tokenizer.json")? else {
-        bail!("{} is missing: the server needs the model's tokenizer", model.files.display_name("tokenizer.json"));
+        bail!(
+            "{} is missing: the server needs the model's tokenizer",
+            model.files.display_name("tokenizer.json")
+        );
     };
     let chat_template = read("chat_template.jinja")?.map(String::from_utf8).transpose();
     Ok(TextFiles {
@@ -128,7 +135,8 @@ fn api_keys(settings: &Settings) -> Result<Vec<String>> {
     let mut keys = settings.api_keys.clone();
     if !settings.api_keys_file.is_empty() {
         let file = &settings.api_keys_file;
-        let text = std::fs::read_to_string(file).with_context(|| format!("cannot read api_keys_file {file}"))?;
+        let text =
+            std::fs::read_to_string(file).with_context(|| format!("cannot read api_keys_file {file}"))?;
         let before = keys.len();
         keys.extend(text.lines().map(str::trim).filter(|key| !key.is_empty()).map(str::to_owned));
         if keys.len() == before {

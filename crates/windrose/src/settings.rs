@@ -95,8 +95,8 @@ impl Settings {
                 merged[&key] = parse_like(&merged[&key], &text).with_context(|| variable)?;
             }
             if let Ok(Some(text)) = flags.try_get_one::<String>(&key) {
-                merged[&key] =
-                    parse_like(&merged[&key], text).with_context(|| format!("--{}", key.replace('_', "-")))?;
+                merged[&key] = parse_like(&merged[&key], text)
+                    .with_context(|| format!("--{}", key.replace('_', "-")))?;
             }
         }
         Value::Table(merged).try_into().context("configuration")
@@ -106,7 +106,10 @@ impl Settings {
     pub(crate) fn dummy_seed(&self) -> Result<Option<u64>> {
         match self.dummy_weights.as_str() {
             "off" => Ok(None),
-            seed => seed.parse().map(Some).with_context(|| format!("dummy_weights is \"{seed}\", expected \"off\" or a seed")),
+            seed => seed
+                .parse()
+                .map(Some)
+                .with_context(|| format!("dummy_weights is \"{seed}\", expected \"off\" or a seed")),
         }
     }
 }
@@ -116,7 +119,10 @@ fn overlay_file(merged: &mut Table, path: &Path) -> Result<()> {
     let layer: Table = text.parse().with_context(|| format!("{} is not valid TOML", path.display()))?;
     for (key, value) in layer {
         let Some(default) = merged.get(&key) else {
-            bail!("{}: there is no key \"{key}\"; config.toml in the repository documents all keys", path.display());
+            bail!(
+                "{}: there is no key \"{key}\"; config.toml in the repository documents all keys",
+                path.display()
+            );
         };
         if !value.same_type(default) {
             bail!("{}: {key} is {value}, expected a value like {default}", path.display());
@@ -171,12 +177,14 @@ mod tests {
     }
 
     fn resolve(file: Option<&str>, env: &[(&str, &str)], arguments: &[&str]) -> Result<Settings> {
-        let directory = std::env::temp_dir().join(format!("windrose-settings-{:?}", std::thread::current().id()));
+        let directory =
+            std::env::temp_dir().join(format!("windrose-settings-{:?}", std::thread::current().id()));
         let path = file.map(|text| {
             std::fs::write(&directory, text).unwrap();
             directory.as_path()
         });
-        let lookup = |name: &str| env.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
+        let lookup =
+            |name: &str| env.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
         let settings = Settings::resolve(path, lookup, &flags(arguments));
         let _ = std::fs::remove_file(&directory);
         settings

@@ -43,7 +43,8 @@ fn fixture(name: &str) -> PathBuf {
 fn read_expected(name: &str) -> Vec<Expected> {
     let bytes = std::fs::read(fixture(name).join("expected.safetensors")).expect("a recorded fixture");
     let tensors = SafeTensors::deserialize(&bytes).expect("a sound fixture");
-    let words = |name: String| -> Vec<[u8; 4]> { tensors.tensor(&name).unwrap().data().as_chunks().0.to_vec() };
+    let words =
+        |name: String| -> Vec<[u8; 4]> { tensors.tensor(&name).unwrap().data().as_chunks().0.to_vec() };
     let tokens = |name: String| words(name).into_iter().map(u32::from_le_bytes).collect::<Vec<_>>();
     let read = |index: usize| {
         let logits: Vec<f32> = words(format!("{index}.logits")).into_iter().map(f32::from_le_bytes).collect();
@@ -80,7 +81,8 @@ fn argmax(row: &[f32]) -> u32 {
 
 /// Feeds the prompt and its greedy continuation at once and compares every position.
 fn check_logits<B: Backend>(name: &str, runner: &mut MixtralRunner<B>, expected: &Expected) -> f32 {
-    let tokens: Vec<u32> = expected.prompt.iter().chain(&expected.greedy[..NUM_GREEDY - 1]).copied().collect();
+    let tokens: Vec<u32> =
+        expected.prompt.iter().chain(&expected.greedy[..NUM_GREEDY - 1]).copied().collect();
     let mut batch = Batch::new();
     batch.push_sequence(&tokens, 0, &block_table(), BLOCK_SIZE);
     batch.logits_indices = (expected.prompt.len() as u32 - 1..tokens.len() as u32).collect();
@@ -104,7 +106,14 @@ fn relative_error(got: &[f32], expected: &[f32]) -> f32 {
 /// Generates token by token after a prompt in two chunks.
 fn check_generation<B: Backend>(name: &str, runner: &mut MixtralRunner<B>, expected: &Expected) {
     let params = SampleParams::greedy();
-    let row = SampleRow { params: &params, prompt: &[], output: &[], banned: &[], forced: None, num_logprobs: None };
+    let row = SampleRow {
+        params: &params,
+        prompt: &[],
+        output: &[],
+        banned: &[],
+        forced: None,
+        num_logprobs: None,
+    };
     let (first, second) = expected.prompt.split_at(expected.prompt.len() / 2);
     let mut step = |tokens: &[u32], num_computed: usize| {
         let mut batch = Batch::new();

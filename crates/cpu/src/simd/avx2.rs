@@ -9,12 +9,17 @@ use super::{Simd, sum_lanes};
 
 /// The proof that the machine has AVX2 and FMA.
 #[derive(Clone, Copy)]
-pub(crate) struct Avx2(());
+pub(crate) struct Avx2 {
+    /// Ones where a pair has its odd element.
+    odd_mask: __m256i,
+}
 
 impl Avx2 {
     #[target_feature(enable = "avx2,fma")]
     pub(crate) fn new() -> Self {
-        Self(())
+        // Hidden from the optimiser, which would turn the masking into a blend: that one shares its execution
+        // ports with the multiplications, an `and` does not.
+        Self { odd_mask: std::hint::black_box(_mm256_set1_epi32(0xffff_0000_u32.cast_signed())) }
     }
 }
 
@@ -23,7 +28,8 @@ impl Simd for Avx2 {
     type Elements = [__m256; 2];
     type Accumulator = __m256;
     const STEP: usize = 16;
-    const TILE_TOKENS: usize = 2;
+    const FEW_TOKENS: usize = 2;
+    const TILE_ROWS: usize = 2;
 
     #[inline(always)]
     fn zero(self) -> __m256 {
@@ -37,7 +43,7 @@ impl Simd for Avx2 {
         unsafe {
             let pairs = _mm256_loadu_si256(elements.cast());
             let even = _mm256_slli_epi32::<16>(pairs);
-            let odd = _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff_0000_u32.cast_signed()));
+            let odd = _mm256_and_si256(pairs, self.odd_mask);
             [_mm256_castsi256_ps(even), _mm256_castsi256_ps(odd)]
         }
     }
@@ -54,6 +60,12 @@ impl Simd for Avx2 {
     fn dot(self, sum: __m256, w: [__m256; 2], x: [__m256; 2]) -> __m256 {
         // SAFETY: `self` proves FMA.
         unsafe { _mm256_fmadd_ps(w[0], x[0], _mm256_fmadd_ps(w[1], x[1], sum)) }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, element: &bf16) {
+        // SAFETY: prefetching is part of SSE, the baseline of x86-64, and never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(element).cast()) };
     }
 
     #[inline(always)]

@@ -21,7 +21,8 @@ impl Simd for Avx512Bf16 {
     type Elements = __m512i;
     type Accumulator = __m512;
     const STEP: usize = 32;
-    const TILE_TOKENS: usize = 4;
+    const FEW_TOKENS: usize = 4;
+    const TILE_ROWS: usize = 4;
 
     #[inline(always)]
     fn zero(self) -> __m512 {
@@ -51,6 +52,12 @@ impl Simd for Avx512Bf16 {
             let [w, x] = [w, x].map(|elements| std::mem::transmute::<__m512i, __m512bh>(elements));
             _mm512_dpbf16_ps(sum, w, x)
         }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, element: &bf16) {
+        // SAFETY: prefetching is part of SSE, the baseline of x86-64, and never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(element).cast()) };
     }
 
     #[inline(always)]

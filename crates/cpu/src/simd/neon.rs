@@ -21,7 +21,8 @@ impl Simd for Neon {
     type Elements = [float32x4_t; 2];
     type Accumulator = float32x4_t;
     const STEP: usize = 8;
-    const TILE_TOKENS: usize = 4;
+    const FEW_TOKENS: usize = 4;
+    const TILE_ROWS: usize = 4;
 
     #[inline(always)]
     fn zero(self) -> float32x4_t {

@@ -16,7 +16,8 @@ impl Simd for Portable {
     type Elements = [u32; LANES];
     type Accumulator = [f32; LANES];
     const STEP: usize = 2 * LANES;
-    const TILE_TOKENS: usize = 4;
+    const FEW_TOKENS: usize = 4;
+    const TILE_ROWS: usize = 4;
 
     #[inline(always)]
     fn zero(self) -> [f32; LANES] {

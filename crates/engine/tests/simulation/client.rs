@@ -54,6 +54,28 @@ impl Client {
         state.has_left || state.has_refused || is_late
     }
 
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.state, &other.state)
+    }
+
+    /// Prompt tokens that came from the cache.
+    pub(crate) fn num_cached_tokens(&self) -> usize {
+        match self.state().events.first() {
+            Some(Event::Started { num_cached_tokens, .. }) => *num_cached_tokens as usize,
+            _ => 0,
+        }
+    }
+
+    /// Prompt and output, as far as it was told.
+    pub(crate) fn text(&self) -> Vec<u32> {
+        let state = self.state();
+        let token = |event: &Event| match event {
+            Event::Token(sampled) => Some(sampled.token),
+            _ => None,
+        };
+        self.request.prompt.iter().copied().chain(state.events.iter().filter_map(token)).collect()
+    }
+
     /// Compares all that was told with what the choice would have been told alone.
     pub(crate) fn check(&self, alone: &Outcome) {
         let state = self.state();

@@ -19,7 +19,7 @@ use engine::{FinishReason, Stats};
 
 use world::World;
 
-const DEFAULT_COUNT: u64 = 4000;
+const DEFAULT_COUNT: u64 = 10_000;
 
 #[test]
 fn every_schedule_gives_every_sequence_the_tokens_it_gets_alone() {

@@ -32,7 +32,7 @@ impl Scenario {
             max_queued_tokens: rng.within(10..300),
             enable_prefix_cache: rng.percent(80),
         };
-        let eos_probability = rng.pick(&[0.0, 0.02, 0.1, 0.3]);
+        let eos_probability = rng.pick(&[0.0, 0.0, 0.02, 0.1]);
         let runner = FakeRunner::new(limits).with_eos(EOS, eos_probability);
         let failing_step = rng.within(1..80) as u64;
         let runner = match rng.within(0..30) {
@@ -46,7 +46,7 @@ impl Scenario {
             config,
             runner,
             num_requests: rng.within(1..24),
-            leave_percent: rng.pick(&[0, 2, 10, 40]),
+            leave_percent: rng.pick(&[0, 0, 1, 5, 40]),
             prefixes: (0..3).map(|_| rng.tokens(64, VOCAB_SIZE)).collect(),
         }
     }
@@ -81,12 +81,12 @@ fn draw_limits(rng: &mut Rng) -> RunnerLimits {
     let max_num_seqs = rng.within(1..10);
     RunnerLimits {
         vocab_size: VOCAB_SIZE,
-        max_model_len: rng.within(4..80),
+        max_model_len: rng.within(4..120),
         num_layers: 2,
         num_experts: 8,
         top_k: 2,
-        block_size: rng.within(1..17),
-        num_blocks: rng.within(2..40),
+        block_size: rng.pick(&[1, 2, 3, 4, 4, 5, 7, 8, 16]),
+        num_blocks: rng.within(2..30),
         max_num_batched_tokens: rng.within(1..48),
         max_num_seqs,
         max_num_logits: max_num_seqs + rng.within(0..16),

@@ -166,6 +166,7 @@ impl World {
             client.check(&run_alone(&self.scenario.runner, &client.request, client.choice));
             finished[client.state().ends[0].index()] += 1;
         }
+        self.check_secrecy(&clients);
         assert_eq!(stats.finished, finished);
         let num_offered: u64 = clients.iter().map(|client| client.state().num_tokens_offered).sum();
         assert_eq!(stats.generation_tokens, num_offered, "every token is counted, whatever the end");
@@ -173,6 +174,25 @@ impl World {
         let num_visits = self.num_tokens_run.load(Relaxed) * (num_layers * top_k) as u64;
         assert_eq!(stats.expert_tokens.iter().sum::<u64>(), num_visits);
         stats
+    }
+}
+
+impl World {
+    /// Whoever found tokens in the cache knew somebody who had put them there: a choice of the same request,
+    /// or with a prefix cache one of the same salt.
+    fn check_secrecy(&self, clients: &[Client]) {
+        let texts: Vec<Vec<u32>> = clients.iter().map(Client::text).collect();
+        for client in clients {
+            let cached = &client.request.prompt[..client.num_cached_tokens()];
+            let may_share = |other: &Client| match self.scenario.config.enable_prefix_cache {
+                true => other.request.cache_salt == client.request.cache_salt,
+                false => Arc::ptr_eq(&other.request, &client.request),
+            };
+            let is_source = |(other, text): (&Client, &Vec<u32>)| {
+                !other.is(client) && may_share(other) && text.starts_with(cached)
+            };
+            assert!(cached.is_empty() || clients.iter().zip(&texts).any(is_source), "{cached:?}");
+        }
     }
 }
 

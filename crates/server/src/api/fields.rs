@@ -20,8 +20,9 @@ pub(crate) struct Fields {
 impl Fields {
     /// Parses a request body. `serde_json` bounds its nesting.
     pub(crate) fn parse(body: &[u8]) -> Result<Self, ApiError> {
-        let value: Value = serde_json::from_slice(body)
-            .map_err(|error| ApiError::invalid_body(format!("We could not parse the JSON body of your request: {error}.")))?;
+        let value: Value = serde_json::from_slice(body).map_err(|error| {
+            ApiError::invalid_body(format!("We could not parse the JSON body of your request: {error}."))
+        })?;
         match value {
             Value::Object(map) => Ok(Self { path: String::new(), map }),
             other => Err(ApiError::invalid_body(format!(
@@ -54,7 +55,11 @@ impl Fields {
         value.as_bool().map(Some).ok_or_else(|| wrong_type(&self.path(name), "a boolean", &value))
     }
 
-    pub(crate) fn integer(&mut self, name: &str, range: RangeInclusive<i64>) -> Result<Option<i64>, ApiError> {
+    pub(crate) fn integer(
+        &mut self,
+        name: &str,
+        range: RangeInclusive<i64>,
+    ) -> Result<Option<i64>, ApiError> {
         let Some(value) = self.take(name) else { return Ok(None) };
         integer_at(&self.path(name), &value, range).map(Some)
     }
@@ -103,7 +108,8 @@ pub(crate) fn missing(path: impl Into<String>) -> ApiError {
 
 /// A field whose value is of the wrong type; `expected` has its article.
 pub(crate) fn wrong_type(path: &str, expected: &str, found: &Value) -> ApiError {
-    let message = format!("Invalid type for '{path}': expected {expected}, but got {} instead.", type_of(found));
+    let message =
+        format!("Invalid type for '{path}': expected {expected}, but got {} instead.", type_of(found));
     ApiError::invalid(path, "invalid_type", message)
 }
 
@@ -129,7 +135,9 @@ pub(crate) fn integer_at(path: &str, value: &Value, range: RangeInclusive<i64>) 
 
 /// The integer that a JSON number spells; one too long for 64 bits was read as a float, and saturates.
 fn as_integer(number: &Number) -> Option<i128> {
-    let wide = |number: &Number| number.as_f64().filter(|float| float.abs() >= 2f64.powi(63)).map(|float| float as i128);
+    let wide = |number: &Number| {
+        number.as_f64().filter(|float| float.abs() >= 2f64.powi(63)).map(|float| float as i128)
+    };
     number.as_i64().map(i128::from).or(number.as_u64().map(i128::from)).or_else(|| wide(number))
 }
 
@@ -138,10 +146,24 @@ pub(crate) fn number_at(path: &str, value: &Value, range: RangeInclusive<f64>) -
     let float = number.as_f64().ok_or_else(|| wrong_type(path, "a number", value))?;
     let (min, max) = (*range.start(), *range.end());
     if float < min {
-        return Err(out_of_range(path, "decimal_below_min_value", "decimal below minimum", ">=", min, number));
+        return Err(out_of_range(
+            path,
+            "decimal_below_min_value",
+            "decimal below minimum",
+            ">=",
+            min,
+            number,
+        ));
     }
     if float > max {
-        return Err(out_of_range(path, "decimal_above_max_value", "decimal above maximum", "<=", max, number));
+        return Err(out_of_range(
+            path,
+            "decimal_above_max_value",
+            "decimal above maximum",
+            "<=",
+            max,
+            number,
+        ));
     }
     Ok(float)
 }
@@ -154,7 +176,9 @@ fn out_of_range<T: std::fmt::Display>(
     limit: T,
     found: &Number,
 ) -> ApiError {
-    let message = format!("Invalid '{path}': {what} value. Expected a value {relation} {limit}, but got {found} instead.");
+    let message = format!(
+        "Invalid '{path}': {what} value. Expected a value {relation} {limit}, but got {found} instead."
+    );
     ApiError::invalid(path, code, message)
 }
 
@@ -210,7 +234,7 @@ mod tests {
     fn integers_of_any_size_are_taken_or_refused_in_words() {
         let check = |json: &str, expected: Result<Option<i64>, &str>| {
             let taken = fields(&format!("{{\"n\": {json}}}")).integer("n", 1..=128);
-            assert_eq!(taken.map_err(|error| error.body.code.unwrap()), expected.map_err(|code| code), "{json}");
+            assert_eq!(taken.map_err(|error| error.body.code.unwrap()), expected, "{json}");
         };
         check("1", Ok(Some(1)));
         check("128", Ok(Some(128)));

@@ -70,6 +70,7 @@ impl ControlTokens {
     }
 
     /// The inverse of [`respell`](Self::respell), for people to read.
+    #[cfg(test)]
     pub(crate) fn unspell(&self, rendered: &str) -> String {
         let restore = |text: String, token: &ControlToken| text.replace(&token.spelling, &token.name);
         self.tokens.iter().fold(rendered.to_owned(), restore)

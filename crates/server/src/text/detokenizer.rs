@@ -71,6 +71,11 @@ impl Detokenizer {
         self.pending.is_empty()
     }
 
+    /// Whether token `id` adds nothing to a text.
+    pub(crate) fn is_control(&self, id: u32) -> bool {
+        self.vocabulary.is_control(id)
+    }
+
     /// The bytes that token `id` by itself stands for at this place in the text; a control token's name.
     pub(crate) fn bytes_here(&self, id: u32) -> Vec<u8> {
         match self.vocabulary.piece(id) {
@@ -142,8 +147,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::text::tokenizer::test_tokenizers::{BYTE_LEVEL, LLAMA};
     use crate::text::tokenizer::TextTokenizer;
+    use crate::text::tokenizer::test_tokenizers::{BYTE_LEVEL, LLAMA};
 
     fn increments(text: &TextTokenizer, ids: &[u32]) -> Vec<String> {
         let mut detokenizer = Detokenizer::new(Arc::clone(text.vocabulary()));

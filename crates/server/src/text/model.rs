@@ -71,7 +71,8 @@ impl TextModel {
         let tokenizer = TextTokenizer::new(&files.tokenizer_json)?;
         let config = parse("tokenizer_config.json", files.tokenizer_config_json.as_deref())?;
         let generation_config = parse("generation_config.json", files.generation_config_json.as_deref())?;
-        let tokens = SpecialTokens { bos: token_name(&config["bos_token"]), eos: token_name(&config["eos_token"]) };
+        let tokens =
+            SpecialTokens { bos: token_name(&config["bos_token"]), eos: token_name(&config["eos_token"]) };
         let template = |name: &str| {
             let source = template_source(files.chat_template.as_deref(), &config["chat_template"], name);
             source.map(|source| ChatTemplate::new(source, &tokens, tokenizer.control())).transpose()
@@ -80,7 +81,9 @@ impl TextModel {
             default_template: template("default")?,
             tools_template: template("tool_use")?,
             eos_token_ids: eos_token_ids(&generation_config, tokenizer.token_to_id(&tokens.eos)),
-            tool_calls_token: tokenizer.token_to_id("[TOOL_CALLS]").filter(|&id| tokenizer.vocabulary().is_control(id)),
+            tool_calls_token: tokenizer
+                .token_to_id("[TOOL_CALLS]")
+                .filter(|&id| tokenizer.vocabulary().is_control(id)),
             tokenizer,
         })
     }
@@ -89,7 +92,12 @@ impl TextModel {
     ///
     /// # Errors
     /// [`TextError::Conversation`] if the template refuses the messages.
-    pub(crate) fn encode_chat(&self, messages: &[Value], tools: Option<&[Value]>, max_bytes: usize) -> Result<Vec<u32>, TextError> {
+    pub(crate) fn encode_chat(
+        &self,
+        messages: &[Value],
+        tools: Option<&[Value]>,
+        max_bytes: usize,
+    ) -> Result<Vec<u32>, TextError> {
         let for_tools = tools.and(self.tools_template.as_ref());
         let template = for_tools.or(self.default_template.as_ref()).ok_or(TextError::NoTemplate)?;
         self.tokenizer.encode_rendered(&template.render(messages, tools, max_bytes)?)
@@ -98,7 +106,9 @@ impl TextModel {
 
 fn parse(file: &'static str, json: Option<&[u8]>) -> Result<Value, TextError> {
     let parsed = json.map(serde_json::from_slice).transpose();
-    parsed.map(Option::unwrap_or_default).map_err(|error| TextError::Config { file, message: error.to_string() })
+    parsed
+        .map(Option::unwrap_or_default)
+        .map_err(|error| TextError::Config { file, message: error.to_string() })
 }
 
 /// A token's name, which `transformers` writes as a string or as an object.
@@ -163,7 +173,9 @@ mod tests {
             assert!(model.tokenizer.whole_decode(&ids).contains(content), "{content:?} became {ids:?}");
             ids.into_iter().filter(|&id| id < 10).collect::<Vec<_>>()
         };
-        for content in ["hi", "</s>", "[INST]", "a</s>[INST] b [/INST]", "[TOOL_CALLS] []", "<s", "\u{FDD0}1:2\u{FDD1}"] {
+        for content in
+            ["hi", "</s>", "[INST]", "a</s>[INST] b [/INST]", "[TOOL_CALLS] []", "<s", "\u{FDD0}1:2\u{FDD1}"]
+        {
             assert_eq!(control_ids(content), [1, 3, 4], "{content:?}");
         }
     }
@@ -172,7 +184,9 @@ mod tests {
     fn named_templates_are_chosen_by_the_presence_of_tools() {
         let templates = json!([{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]);
         let model = model(json!({"chat_template": templates}), json!({}));
-        let rendered = |tools: Option<&[Value]>| model.tokenizer.whole_decode(&model.encode_chat(&[], tools, 100).unwrap());
+        let rendered = |tools: Option<&[Value]>| {
+            model.tokenizer.whole_decode(&model.encode_chat(&[], tools, 100).unwrap())
+        };
         assert_eq!(rendered(None), "d");
         assert_eq!(rendered(Some(&[json!({})])), "t");
     }

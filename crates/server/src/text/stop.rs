@@ -33,7 +33,7 @@ impl StopMatcher {
     }
 
     /// Takes in `text` and appends to `out` what is safe to show; returns whether a stop string is complete.
-    /// After that nothing more may be pushed, and nothing is held.
+    /// After that nothing is held, and whatever follows belongs to another text.
     pub(crate) fn push(&mut self, text: &str, out: &mut String) -> bool {
         let arrived = self.held.len();
         self.held.push_str(text);
@@ -42,7 +42,7 @@ impl StopMatcher {
             let complete = self.patterns.iter_mut().filter_map(|pattern| pattern.advance(byte)).max();
             if let Some(stop_len) = complete {
                 out.push_str(&self.held[..end - stop_len]);
-                self.held.clear();
+                self.forget();
                 return true;
             }
         }
@@ -54,13 +54,17 @@ impl StopMatcher {
     /// Appends what was held back: the text ended before a stop string was complete.
     pub(crate) fn finish(&mut self, out: &mut String) {
         out.push_str(&self.held);
-        self.held.clear();
-        self.patterns.iter_mut().for_each(|pattern| pattern.matched = 0);
+        self.forget();
     }
 
     /// Whether all text that arrived has been let through.
     pub(crate) fn is_idle(&self) -> bool {
         self.held.is_empty()
+    }
+
+    fn forget(&mut self) {
+        self.held.clear();
+        self.patterns.iter_mut().for_each(|pattern| pattern.matched = 0);
     }
 }
 

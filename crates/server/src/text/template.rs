@@ -6,6 +6,7 @@
 
 use std::io;
 
+use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde};
 use minijinja::{Environment, Error, ErrorKind, Value, context};
 use serde_json::Value as Json;
@@ -37,10 +38,13 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// If the template has a syntax error.
-    pub(crate) fn new(source: &str, tokens: &SpecialTokens, control: &ControlTokens) -> Result<Self, TextError> {
+    pub(crate) fn new(
+        source: &str,
+        tokens: &SpecialTokens,
+        control: &ControlTokens,
+    ) -> Result<Self, TextError> {
         let mut environment = Environment::new();
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
+        environment.set_syntax(syntax()?);
         environment.set_fuel(Some(MAX_FUEL));
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_filter("tojson", tojson);
@@ -48,27 +52,42 @@ impl ChatTemplate {
         environment.add_function("strftime_now", strftime_now);
         let compiled = environment.add_template_owned(NAME, control.respell(source));
         compiled.map_err(|error| TextError::Template(error.to_string()))?;
-        Ok(Self { environment, bos_token: control.respell(&tokens.bos), eos_token: control.respell(&tokens.eos) })
+        Ok(Self {
+            environment,
+            bos_token: control.respell(&tokens.bos),
+            eos_token: control.respell(&tokens.eos),
+        })
     }
 
     /// Renders a conversation, up to the point where the assistant's answer begins.
     ///
     /// # Errors
     /// [`TextError::Conversation`] if the template refuses the messages, or runs into a limit.
-    pub(crate) fn render(&self, messages: &[Json], tools: Option<&[Json]>, max_bytes: usize) -> Result<String, TextError> {
+    pub(crate) fn render(
+        &self,
+        messages: &[Json],
+        tools: Option<&[Json]>,
+        max_bytes: usize,
+    ) -> Result<String, TextError> {
         let context = context! {
             messages => Value::from(Serde(messages)),
             tools => tools.map(|tools| Value::from(Serde(tools))),
             documents => (),
             add_generation_prompt => true,
-            bos_token => self.bos_token,
-            eos_token => self.eos_token,
+            bos_token => &self.bos_token,
+            eos_token => &self.eos_token,
         };
         let mut out = Limited { text: Vec::new(), max_bytes };
         let template = self.environment.get_template(NAME).map_err(refused)?;
         template.render_captured_to(context, &mut out).map_err(refused)?;
         String::from_utf8(out.text).map_err(|error| TextError::Conversation(error.to_string()))
     }
+}
+
+/// Jinja as `transformers` sets it up.
+fn syntax() -> Result<SyntaxConfig, TextError> {
+    let built = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+    built.map_err(|error| TextError::Template(error.to_string()))
 }
 
 /// What a client is told: the words of `raise_exception`, or what went wrong without places in the template.
@@ -82,7 +101,8 @@ fn raise_exception(message: &str) -> Result<Value, Error> {
 }
 
 fn strftime_now(format: &str) -> Result<String, Error> {
-    strftime::now(format).ok_or_else(|| Error::new(ErrorKind::InvalidOperation, "strftime_now does not know this format"))
+    strftime::now(format)
+        .ok_or_else(|| Error::new(ErrorKind::InvalidOperation, "strftime_now does not know this format"))
 }
 
 fn tojson(value: &Value, options: Kwargs) -> Result<String, Error> {
@@ -124,10 +144,15 @@ mod tests {
     use super::*;
 
     fn render(source: &str, messages: Json, tools: Option<Json>) -> Result<String, TextError> {
-        let control = ControlTokens::new(&json!({"added_tokens": [{"id": 1, "content": "<s>", "special": true}]}));
+        let control =
+            ControlTokens::new(&json!({"added_tokens": [{"id": 1, "content": "<s>", "special": true}]}));
         let tokens = SpecialTokens { bos: "<s>".into(), eos: "</s>".into() };
         let template = ChatTemplate::new(source, &tokens, &control)?;
-        let rendered = template.render(messages.as_array().unwrap(), tools.as_ref().map(|t| &t.as_array().unwrap()[..]), 1000);
+        let rendered = template.render(
+            messages.as_array().unwrap(),
+            tools.as_ref().map(|t| &t.as_array().unwrap()[..]),
+            1000,
+        );
         rendered.map(|text| control.unspell(&text))
     }
 
@@ -145,14 +170,18 @@ mod tests {
         check("{{ tools | tojson }}", "[{\"type\": \"function\", \"b\": 1, \"a\": [1.0, \"é\"]}]");
         check("{{ messages[0].content | tojson }}", "\" <Hi & \\\"you\\\"> \"");
         check("{% for m in messages %}\n  {% if true %}\nx\n{% endif %}\n{% endfor %}\n", "x\n");
-        check("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", "1");
-        check("{{ documents is none }} {{ nothing is defined }} {{ messages[1:] | length }}", "true false 0");
+        check(
+            "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+            "1",
+        );
+        check("{{ documents is none }} {{ nothing is defined }} {{ messages[1:] | length }}", "True False 0");
         check("{% for x in range(9) %}{% if x == 2 %}{% break %}{% endif %}{{ x }}{% endfor %}", "01");
     }
 
     #[test]
     fn a_template_refuses_a_conversation_in_its_own_words() {
-        let Err(TextError::Conversation(message)) = render("{{ raise_exception('roles must alternate') }}", json!([]), None)
+        let Err(TextError::Conversation(message)) =
+            render("{{ raise_exception('roles must alternate') }}", json!([]), None)
         else {
             panic!("the template raised nothing");
         };

@@ -37,7 +37,10 @@ impl TextTokenizer {
         let guarded = load(&serde_json::to_vec(&json).map_err(|e| broken(&e))?)?;
         for token in control.iter() {
             if guarded.token_to_id(&token.spelling).map(u64::from) != Some(token.id) {
-                return Err(TextError::Tokenizer(format!("control token {:?} has no id of its own", token.name)));
+                return Err(TextError::Tokenizer(format!(
+                    "control token {:?} has no id of its own",
+                    token.name
+                )));
             }
         }
         Ok(Self { plain, guarded, control, vocabulary })
@@ -118,8 +121,16 @@ pub(crate) mod test_tokenizers {
     }
 
     const CONTROL: [&str; 10] = [
-        "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
-        "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
+        "<unk>",
+        "<s>",
+        "</s>",
+        "[INST]",
+        "[/INST]",
+        "[TOOL_CALLS]",
+        "[AVAILABLE_TOOLS]",
+        "[/AVAILABLE_TOOLS]",
+        "[TOOL_RESULTS]",
+        "[/TOOL_RESULTS]",
     ];
 
     fn added_tokens() -> Vec<Value> {
@@ -138,7 +149,8 @@ pub(crate) mod test_tokenizers {
         tokens.extend((33u8..127).map(|byte| char::from(byte).to_string()));
         tokens.push("▁".into());
         tokens.extend(merges.map(|(a, b)| format!("{a}{b}")));
-        let vocab: serde_json::Map<String, Value> = tokens.into_iter().zip(0..).map(|(t, id)| (t, json!(id))).collect();
+        let vocab: serde_json::Map<String, Value> =
+            tokens.into_iter().zip(0..).map(|(t, id)| (t, json!(id))).collect();
         json!({
             "version": "1.0", "truncation": null, "padding": null, "added_tokens": added_tokens(),
             "normalizer": null,
@@ -160,8 +172,10 @@ pub(crate) mod test_tokenizers {
         let is_printable = |byte: &u32| matches!(byte, 0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF);
         let printable = (0..256u32).filter(is_printable);
         let others = (0..256u32).filter(|byte| !is_printable(byte)).zip(0x100..).map(|(_, code)| code);
-        let bytes = printable.chain(others).map(|code| char::from_u32(code).expect("a character").to_string());
-        let vocab: serde_json::Map<String, Value> = bytes.zip(0..).map(|(token, id)| (token, json!(id))).collect();
+        let bytes =
+            printable.chain(others).map(|code| char::from_u32(code).expect("a character").to_string());
+        let vocab: serde_json::Map<String, Value> =
+            bytes.zip(0..).map(|(token, id)| (token, json!(id))).collect();
         json!({
             "version": "1.0", "truncation": null, "padding": null, "normalizer": null,
             "added_tokens": [{"id": 256, "content": "<|end|>", "special": true, "normalized": false,
@@ -199,7 +213,8 @@ mod tests {
     #[test]
     fn an_unbroken_word_of_200_kb_takes_less_than_a_second() {
         for text in [&*LLAMA, &*BYTE_LEVEL] {
-            for word in ["a".repeat(200_000), "ab".repeat(100_000), "é".repeat(100_000), " ".repeat(200_000)] {
+            for word in ["a".repeat(200_000), "ab".repeat(100_000), "é".repeat(100_000), " ".repeat(200_000)]
+            {
                 let started = Instant::now();
                 text.encode(&word).unwrap();
                 assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());

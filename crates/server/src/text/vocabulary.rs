@@ -152,14 +152,17 @@ mod tests {
         let plain = json!({"type": "Sequence", "decoders": [replace, fallback, fuse]});
         assert_eq!(joining(&plain).unwrap(), Joining::ByteFallback { strips_first_space: false });
         assert_eq!(joining(&json!({"type": "ByteLevel"})).unwrap(), Joining::Bytes);
-        for other in [json!({"type": "WordPiece"}), json!(null), json!({"type": "Sequence", "decoders": [fuse]})] {
+        for other in
+            [json!({"type": "WordPiece"}), json!(null), json!({"type": "Sequence", "decoders": [fuse]})]
+        {
             assert!(joining(&other).is_err(), "{other}");
         }
     }
 
     #[test]
     fn byte_tokens_are_exactly_six_characters() {
-        for (token, byte) in [("<0x0A>", Some(10)), ("<0xfF>", Some(255)), ("<0x0>", None), ("<0x00A>", None)] {
+        for (token, byte) in [("<0x0A>", Some(10)), ("<0xfF>", Some(255)), ("<0x0>", None), ("<0x00A>", None)]
+        {
             assert_eq!(fallback_byte(token), byte, "{token}");
         }
     }

@@ -1,11 +1,11 @@
 """Streams chat completions from a server at several concurrencies and prints what users feel.
 
-Per row: output tokens per second of all streams together, time to first token (TTFT) and time between two tokens
-of one stream (ITL). Every stream asks something else, so that routing differs. The client is a bare asyncio
-socket reader that takes the time of each read and parses after the clock has stopped, so that it takes little
-of a small machine from the server.
+Per row: output tokens per second of all streams together, time to first token (TTFT) and time between two
+tokens of one stream (ITL). Every stream asks something else, so that routing differs. The client is a bare
+asyncio socket reader that notes when each read came and parses after the clock has stopped, so that it takes
+little of a small machine from the server.
 
-usage: python tests/bench/http.py [--url http://127.0.0.1:8000] [--streams 1,8,32] [--tokens 128]
+usage: python tests/bench/http_load.py [--url http://127.0.0.1:8000] [--streams 1,8,32] [--tokens 128]
 """
 
 from __future__ import annotations
@@ -17,9 +17,23 @@ import random
 import statistics
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from urllib.parse import urlsplit
 
-WORDS = "time year people way day thing world school state family group country hand part place week".split()
+WORDS = [
+    "time",
+    "year",
+    "people",
+    "way",
+    "day",
+    "thing",
+    "world",
+    "school",
+    "state",
+    "family",
+    "country",
+    "week",
+]
 PROMPT_WORDS = 40
 ROUNDS = 4
 
@@ -71,9 +85,7 @@ async def measure(host: str, port: int, num_streams: int, num_tokens: int) -> st
     ]
     seconds = time.perf_counter() - began
     times = [stream.token_times() for stream in streams]
-    # A token whose text is not complete UTF-8 yet, or is held back, arrives with the next: gaps of tokens that
-    # arrive together count as zero.
-    gaps = sorted(1e3 * (b - a) for arrived in times for a, b in zip(arrived, arrived[1:], strict=False))
+    gaps = sorted(1e3 * (later - earlier) for arrived in times for earlier, later in pairwise(arrived))
     first = sorted(1e3 * (arrived[0] - s.sent_at) for s, arrived in zip(streams, times, strict=True))
     rate = len(streams) * num_tokens / seconds
     cells = [

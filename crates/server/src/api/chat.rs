@@ -1,0 +1,308 @@
+//! `POST /v1/chat/completions`.
+//!
+//! The answer is a text of its own: the space that a Llama or Mistral tokenizer puts before its first word
+//! is not shown, as in Hugging Face's decode of the generated tokens alone.
+
+use std::time::Instant;
+
+use axum::extract::{Request, State};
+use axum::response::Response;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::fields::{Fields, wrong_value};
+use super::messages;
+use super::params::{Generate, Params, token_budget};
+use super::tools::{self, Tools};
+use crate::answer::{Meta, Wording, respond};
+use crate::body::read_json;
+use crate::choice_text::{Delta, Ending, TextOptions};
+use crate::config::limits;
+use crate::error::{ApiError, quoted};
+use crate::generation::Generation;
+use crate::logprobs::{TokenScore, TokenText};
+use crate::state::AppState;
+use crate::text::model::{TextError, TextModel};
+use crate::tool_calls::ToolCall;
+
+/// Answers a conversation.
+pub(crate) async fn chat_completions(
+    State(state): State<AppState>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let arrived_at = Instant::now();
+    let fields = read_json(&state, request).await?;
+    let chat = ChatRequest::take(fields, &state)?;
+    let (conversation, max_bytes) = (chat.conversation, state.config.max_prompt_bytes);
+    let prompt = state.with_text("messages", move |text| conversation.encode(text, max_bytes)).await?;
+    let meta = Meta::new(&state, "chatcmpl-", chat.params.service_tier);
+    let max_model_len = state.engine.limits().max_model_len;
+    let generate = Generate {
+        id: meta.id().to_owned(),
+        max_tokens: token_budget(prompt.len(), chat.max_tokens, u32::MAX, max_model_len, "messages")?,
+        prompt,
+        num_choices: chat.params.n,
+        num_logprobs: chat.top_logprobs,
+        num_prompt_logprobs: None,
+    };
+    let options = TextOptions {
+        continues_prompt: false,
+        stops: chat.params.stops.clone(),
+        tool_calls_token: state.text.tool_calls_token.filter(|_| chat.has_tools),
+        single_tool_call: chat.single_tool_call,
+    };
+    let request = chat.params.request(&state, generate)?;
+    let generation = Generation::start(&state, vec![request], &options, arrived_at, "messages")?;
+    let wording =
+        ChatWording { num_choices: chat.params.n as usize, has_logprobs: chat.top_logprobs.is_some() };
+    respond(generation, wording, meta, chat.params.streamed, state.config.keep_alive_interval).await
+}
+
+/// Messages and tools, as chat templates read them.
+pub(crate) struct Conversation {
+    messages: Vec<Value>,
+    tools: Vec<Value>,
+}
+
+impl Conversation {
+    pub(crate) fn take(fields: &mut Fields, state: &AppState) -> Result<(Self, Tools), ApiError> {
+        let messages = messages::take(fields, state.config.max_prompt_bytes)?;
+        let mut tools = tools::take(fields, &state.text)?;
+        Ok((Self { messages, tools: std::mem::take(&mut tools.offered) }, tools))
+    }
+
+    pub(crate) fn has_tools(&self) -> bool {
+        !self.tools.is_empty()
+    }
+
+    pub(crate) fn encode(&self, text: &TextModel, max_bytes: usize) -> Result<Vec<u32>, TextError> {
+        text.encode_chat(&self.messages, self.has_tools().then_some(&self.tools[..]), max_bytes)
+    }
+}
+
+struct ChatRequest {
+    conversation: Conversation,
+    params: Params,
+    max_tokens: Option<u32>,
+    /// `None` if no log-probabilities are asked for.
+    top_logprobs: Option<u32>,
+    has_tools: bool,
+    single_tool_call: bool,
+}
+
+impl ChatRequest {
+    fn take(mut fields: Fields, state: &AppState) -> Result<Self, ApiError> {
+        let params = Params::take(&mut fields, state)?;
+        let (conversation, tools) = Conversation::take(&mut fields, state)?;
+        let max_tokens = take_max_tokens(&mut fields)?;
+        let top_logprobs = take_top_logprobs(&mut fields)?;
+        check_plain_text(&mut fields)?;
+        fields.finish()?;
+        let has_tools = conversation.has_tools();
+        Ok(Self {
+            conversation,
+            params,
+            max_tokens,
+            top_logprobs,
+            has_tools,
+            single_tool_call: tools.single_call,
+        })
+    }
+}
+
+fn take_max_tokens(fields: &mut Fields) -> Result<Option<u32>, ApiError> {
+    let range = 1..=i64::from(u32::MAX);
+    let old = fields.integer("max_tokens", range.clone())?;
+    let new = fields.integer("max_completion_tokens", range)?;
+    if old.is_some() && new.is_some() && old != new {
+        return Err(wrong_value(
+            "max_tokens",
+            "it contradicts 'max_completion_tokens'; set only one of them",
+        ));
+    }
+    Ok(new.or(old).map(|max_tokens| max_tokens as u32))
+}
+
+fn take_top_logprobs(fields: &mut Fields) -> Result<Option<u32>, ApiError> {
+    let wanted = fields.boolean("logprobs")?.unwrap_or(false);
+    let top = fields.integer("top_logprobs", 0..=limits::MAX_CHAT_LOGPROBS)?;
+    match top {
+        Some(_) if !wanted => Err(wrong_value("top_logprobs", "it is only allowed when 'logprobs' is true")),
+        top => Ok(wanted.then_some(top.unwrap_or(0) as u32)),
+    }
+}
+
+/// Fields that may say that the answer is plain text, and nothing else.
+fn check_plain_text(fields: &mut Fields) -> Result<(), ApiError> {
+    if let Some(mut format) = fields.object("response_format")? {
+        let kind = format.string("type", limits::MAX_LABEL_BYTES)?.unwrap_or_default();
+        if kind != "text" {
+            return Err(wrong_value(
+                "response_format",
+                &format!("only 'text' is supported, not {}", quoted(&kind)),
+            ));
+        }
+        format.finish()?;
+    }
+    match fields.take("modalities") {
+        Some(modalities) if modalities != serde_json::json!(["text"]) => {
+            Err(wrong_value("modalities", "only [\"text\"] is supported"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// How a chat words its answers.
+struct ChatWording {
+    num_choices: usize,
+    has_logprobs: bool,
+}
+
+#[derive(Serialize)]
+struct Choice {
+    index: usize,
+    message: Message,
+    logprobs: Option<Logprobs>,
+    finish_reason: &'static str,
+}
+
+#[derive(Serialize)]
+struct Message {
+    role: &'static str,
+    content: Option<String>,
+    refusal: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<Call>,
+}
+
+#[derive(Serialize)]
+struct ChunkChoice {
+    index: usize,
+    delta: DeltaMessage,
+    logprobs: Option<Logprobs>,
+    finish_reason: Option<&'static str>,
+}
+
+#[derive(Default, Serialize)]
+struct DeltaMessage {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<Call>,
+}
+
+#[derive(Serialize)]
+struct Call {
+    /// Only in a stream.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    index: Option<usize>,
+    id: String,
+    #[serde(rename = "type")]
+    kind: &'static str,
+    function: Function,
+}
+
+#[derive(Serialize)]
+struct Function {
+    name: String,
+    arguments: String,
+}
+
+#[derive(Serialize)]
+struct Logprobs {
+    content: Vec<TokenLogprob>,
+    refusal: Option<()>,
+}
+
+#[derive(Serialize)]
+struct TokenLogprob {
+    #[serde(flatten)]
+    own: Scored,
+    top_logprobs: Vec<Scored>,
+}
+
+#[derive(Serialize)]
+struct Scored {
+    token: String,
+    logprob: f32,
+    bytes: Vec<u8>,
+}
+
+impl Wording for ChatWording {
+    const OBJECT: &'static str = "chat.completion";
+    const CHUNK_OBJECT: &'static str = "chat.completion.chunk";
+    type Choice = Choice;
+    type ChunkChoice = ChunkChoice;
+
+    fn opening(&self) -> Vec<ChunkChoice> {
+        let begins = || DeltaMessage {
+            role: Some("assistant"),
+            content: Some(String::new()),
+            ..DeltaMessage::default()
+        };
+        let choice = |index| ChunkChoice { index, delta: begins(), logprobs: None, finish_reason: None };
+        (0..self.num_choices).map(choice).collect()
+    }
+
+    fn chunk(&self, index: usize, delta: Delta) -> Option<ChunkChoice> {
+        if delta.text.is_empty() && delta.scores.is_empty() && delta.tool_calls.is_empty() {
+            return None;
+        }
+        let tool_calls =
+            delta.tool_calls.into_iter().enumerate().map(|(index, call)| worded(call, Some(index)));
+        let tool_calls: Vec<Call> = tool_calls.collect();
+        let content = Some(delta.text).filter(|text| !text.is_empty() || tool_calls.is_empty());
+        let delta_message = DeltaMessage { role: None, content, tool_calls };
+        Some(ChunkChoice {
+            index,
+            delta: delta_message,
+            logprobs: self.logprobs(delta.scores),
+            finish_reason: None,
+        })
+    }
+
+    fn closing(&self, index: usize, ending: Ending) -> ChunkChoice {
+        ChunkChoice {
+            index,
+            delta: DeltaMessage::default(),
+            logprobs: None,
+            finish_reason: Some(ending.as_str()),
+        }
+    }
+
+    fn whole(&self, answers: Vec<Delta>) -> Vec<Choice> {
+        answers.into_iter().enumerate().map(|(index, answer)| self.choice(index, answer)).collect()
+    }
+}
+
+impl ChatWording {
+    fn choice(&self, index: usize, answer: Delta) -> Choice {
+        let tool_calls: Vec<Call> = answer.tool_calls.into_iter().map(|call| worded(call, None)).collect();
+        let content = Some(answer.text).filter(|text| !text.is_empty() || tool_calls.is_empty());
+        Choice {
+            index,
+            message: Message { role: "assistant", content, refusal: None, tool_calls },
+            logprobs: self.logprobs(answer.scores),
+            finish_reason: answer.ending.unwrap_or(Ending::Stop).as_str(),
+        }
+    }
+
+    fn logprobs(&self, scores: Vec<TokenScore>) -> Option<Logprobs> {
+        let content = || scores.into_iter().map(described).collect();
+        self.has_logprobs.then(|| Logprobs { content: content(), refusal: None })
+    }
+}
+
+fn worded(call: ToolCall, index: Option<usize>) -> Call {
+    let function = Function { name: call.name, arguments: call.arguments };
+    Call { index, id: call.id, kind: "function", function }
+}
+
+fn described(score: TokenScore) -> TokenLogprob {
+    let scored = |token: TokenText, logprob: f32| Scored { token: token.text(), logprob, bytes: token.bytes };
+    let top_logprobs = score.top.into_iter().map(|(token, logprob)| scored(token, logprob)).collect();
+    // Generated tokens all have one; only a prompt's first token has none.
+    TokenLogprob { own: scored(score.token, score.logprob.unwrap_or(0.0)), top_logprobs }
+}

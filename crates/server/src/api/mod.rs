@@ -1,0 +1,15 @@
+//! OpenAI's endpoints: what each takes, checked field by field, and how it words its answers.
+
+pub(crate) mod chat;
+pub(crate) mod completions;
+
+pub(crate) mod messages;
+pub(crate) mod prompts;
+pub(crate) mod tools;
+
+pub(crate) mod params;
+
+pub(crate) mod models;
+pub(crate) mod tokenize;
+
+pub(crate) mod fields;

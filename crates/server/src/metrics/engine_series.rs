@@ -1,0 +1,77 @@
+//! The series that are copied from the engine's [`Stats`] whenever Prometheus asks.
+
+use engine::{EngineHandle, FinishReason, Stats};
+use prometheus::{Gauge, GaugeVec, IntCounter, IntCounterVec};
+
+use super::Registration;
+
+/// A series, and how its value is read.
+type Copied<Series, Value> = (Series, fn(&Stats) -> Value);
+
+/// The series that are copied from the engine's [`Stats`].
+pub(super) struct EngineSeries {
+    gauges: Vec<Copied<Gauge, f64>>,
+    counters: Vec<Copied<IntCounter, u64>>,
+    blocks: GaugeVec,
+    finished: IntCounterVec,
+    /// `[num_layers, num_experts]`
+    expert_tokens: Vec<IntCounter>,
+}
+
+impl EngineSeries {
+    pub(super) fn new(new: &Registration, engine: &EngineHandle) -> prometheus::Result<Self> {
+        let limits = engine.limits();
+        let info = new.gauges("vllm:cache_config_info", &["block_size", "num_gpu_blocks"])?;
+        let num_blocks = engine.stats().num_blocks;
+        info.with_label_values(&[limits.block_size.to_string(), num_blocks.to_string()]).set(1.0);
+        let experts = new.counters("windrose_expert_tokens_total", &["layer", "expert"])?;
+        let expert = |index: usize| {
+            let (layer, expert) = (index / limits.num_experts, index % limits.num_experts);
+            experts.with_label_values(&[layer.to_string(), expert.to_string()])
+        };
+        Ok(Self {
+            gauges: vec![
+                (new.gauge("windrose_requests_waiting")?, |stats| stats.num_waiting as f64),
+                (new.gauge("windrose_requests_running")?, |stats| stats.num_running as f64),
+                (new.gauge("windrose_queued_tokens")?, |stats| stats.queued_tokens as f64),
+                (new.gauge("windrose_kv_cache_usage_ratio")?, |stats| {
+                    num_held_blocks(stats) as f64 / stats.num_blocks.max(1) as f64
+                }),
+                (new.gauge("windrose_engine_up")?, |stats| f64::from(u8::from(!stats.is_stopped))),
+            ],
+            counters: vec![
+                (new.counter("windrose_prompt_tokens_total")?, |stats| stats.prompt_tokens),
+                (new.counter("windrose_generation_tokens_total")?, |stats| stats.generation_tokens),
+                (new.counter("windrose_prefix_cache_queries_total")?, |stats| stats.prefix_cache_queries),
+                (new.counter("windrose_prefix_cache_hits_total")?, |stats| stats.prefix_cache_hits),
+                (new.counter("windrose_preemptions_total")?, |stats| stats.num_preemptions),
+                (new.counter("windrose_engine_steps_total")?, |stats| stats.num_steps),
+            ],
+            blocks: new.gauges("windrose_kv_blocks", &["state"])?,
+            finished: new.counters("windrose_sequences_finished_total", &["finished_reason"])?,
+            expert_tokens: (0..limits.num_layers * limits.num_experts).map(expert).collect(),
+        })
+    }
+
+    pub(super) fn copy(&self, stats: &Stats) {
+        self.gauges.iter().for_each(|(gauge, read)| gauge.set(read(stats)));
+        self.counters.iter().for_each(|(counter, read)| set(counter, read(stats)));
+        let empty = stats.num_free_blocks.saturating_sub(stats.num_cached_blocks);
+        let by_state =
+            [("held", num_held_blocks(stats)), ("cached", stats.num_cached_blocks), ("empty", empty)];
+        by_state.iter().for_each(|(state, num)| self.blocks.with_label_values(&[*state]).set(*num as f64));
+        for reason in FinishReason::ALL {
+            set(&self.finished.with_label_values(&[reason.as_str()]), stats.finished[reason.index()]);
+        }
+        self.expert_tokens.iter().zip(&stats.expert_tokens).for_each(|(counter, &num)| set(counter, num));
+    }
+}
+
+fn num_held_blocks(stats: &Stats) -> usize {
+    stats.num_blocks.saturating_sub(stats.num_free_blocks)
+}
+
+/// Copies a counter that another keeps.
+fn set(counter: &IntCounter, value: u64) {
+    counter.inc_by(value.saturating_sub(counter.get()));
+}

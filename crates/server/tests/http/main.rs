@@ -1,0 +1,10 @@
+//! The server in process: the real tokenizer and chat template of the demo model over the engine's fake
+//! model, whose answers a test scripts.
+
+mod chat;
+mod completions;
+mod errors;
+mod leaving;
+mod metrics;
+mod support;
+mod text;
