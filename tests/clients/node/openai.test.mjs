@@ -86,7 +86,7 @@ test("an aborted stream frees its sequence", async () => {
   stream.controller.abort();
   const running = async () => {
     const text = await (await fetch(`${server.url}/metrics`)).text();
-    return Number(text.match(/^windrose_sequences_running(?:\{.*\})? (\d+)/m)[1]);
+    return Number(text.match(/^windrose_requests_running(?:\{.*\})? (\d+)/m)[1]);
   };
   const deadline = Date.now() + 5000;
   while ((await running()) > 0) assert.ok(Date.now() < deadline, "the sequence still runs");
