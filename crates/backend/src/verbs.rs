@@ -40,6 +40,9 @@ pub enum BackendError {
         /// Size of the allocation.
         needed_bytes: u64,
     },
+    /// The model has a shape that this backend's kernels do not cover.
+    #[error("this backend does not support {0}")]
+    Unsupported(String),
     /// The device failed; nothing computed since the last `finish_step` can be trusted.
     #[error("the device failed: {0}")]
     Device(String),

@@ -123,8 +123,8 @@ fn attend<S: Simd>(simd: S, context: &Context<'_>, queries: &[bf16], out: &mut [
     for positions in context.chunks() {
         let keys = context.rows(context.keys, positions.clone());
         dot_rows(simd, &keys, &queries, &mut scores);
-        for head in 0..num_heads {
-            let weights = &mut scores[head][..keys.len()];
+        for (head, weights) in scores[..num_heads].iter_mut().enumerate() {
+            let weights = &mut weights[..keys.len()];
             weights.iter_mut().for_each(|score| *score *= scale);
             running.take_weights(head, weights, head_dim);
         }
@@ -186,8 +186,8 @@ impl Running {
         first: usize,
     ) {
         let mut sums = [[0.0; N]; H];
-        for h in 0..H {
-            sums[h].copy_from_slice(&self.values[head + h][first..][..N]);
+        for (sums, values) in sums.iter_mut().zip(&self.values[head..]) {
+            sums.copy_from_slice(&values[first..first + N]);
         }
         for (position, value) in values.iter().enumerate() {
             let value: &[bf16] = &value[first..first + N];
@@ -198,8 +198,8 @@ impl Running {
                 }
             }
         }
-        for h in 0..H {
-            self.values[head + h][first..][..N].copy_from_slice(&sums[h]);
+        for (sums, values) in sums.iter().zip(&mut self.values[head..]) {
+            values[first..first + N].copy_from_slice(sums);
         }
     }
 }

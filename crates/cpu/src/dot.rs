@@ -21,6 +21,7 @@
 //! them would fight over the same eight ways of the cache.
 //!
 //! This file does not know where rows come from or where sums go.
+#![expect(clippy::needless_range_loop, reason = "tiles are arrays of known size, indexed by row and token")]
 
 use std::ops::Range;
 
@@ -32,12 +33,12 @@ use crate::simd::Simd;
 pub(crate) const MAX_ROWS: usize = 32;
 /// Most activation rows of one call.
 pub(crate) const MAX_TOKENS: usize = 8;
-/// Weight rows of a full tile when there are few tokens.
+/// Most weight rows of a tile.
 pub(crate) const TILE_ROWS: usize = 4;
 /// Tokens of a full tile when there are many.
 const TILE_TOKENS: usize = 4;
 /// Steps of K in a block: 16 KiB of activations at 64 bytes per step and token, half of an L1 cache.
-const BLOCK_STEPS: usize = 32;
+const BLOCK_STEPS: usize = 16;
 /// Elements of a cache line.
 const LINE: usize = 32;
 
@@ -91,34 +92,40 @@ pub(crate) type TokenRows<'a> = RowList<'a, MAX_TOKENS>;
 pub(crate) fn dot_rows<S: Simd>(simd: S, w: &WeightRows<'_>, x: &TokenRows<'_>, sums: &mut Sums) {
     let len = w.first().map_or(0, |row| row.len());
     assert!(w.iter().chain(x.iter()).all(|row| row.len() == len), "rows of a product have one length");
-    match x.len() {
-        0 => {}
-        1 => few_tokens::<S, 1>(simd, w, x, sums),
-        2 => few_tokens::<S, 2>(simd, w, x, sums),
-        3 if S::FEW_TOKENS >= 3 => few_tokens::<S, 3>(simd, w, x, sums),
-        4 if S::FEW_TOKENS >= 4 => few_tokens::<S, 4>(simd, w, x, sums),
-        _ if S::TILE_ROWS >= 4 => many_tokens::<S, 4>(simd, w, x, sums),
-        _ => many_tokens::<S, 2>(simd, w, x, sums),
+    match (x.len(), S::TILE_ROWS) {
+        (0, _) => {}
+        (1, _) => few_tokens::<S, 4, 1>(simd, w, x, sums),
+        (2, _) => few_tokens::<S, 4, 2>(simd, w, x, sums),
+        (3, 4..) => few_tokens::<S, 4, 3>(simd, w, x, sums),
+        (3, _) => few_tokens::<S, 2, 3>(simd, w, x, sums),
+        (4, 4..) => few_tokens::<S, 4, 4>(simd, w, x, sums),
+        (4, _) => few_tokens::<S, 2, 4>(simd, w, x, sums),
+        (_, 4..) => many_tokens::<S, 4>(simd, w, x, sums),
+        (_, _) => many_tokens::<S, 2>(simd, w, x, sums),
     }
 }
 
 /// The accumulators of a tile of `R` weight rows and `T` tokens.
 type TileSums<S, const R: usize, const T: usize> = [[<S as Simd>::Accumulator; R]; T];
 
-/// Multiplies exactly `T` tokens, every weight row in one go.
+/// Multiplies exactly `T` tokens in tiles of `R` weight rows, every row in one go.
 #[inline(always)]
-fn few_tokens<S: Simd, const T: usize>(simd: S, w: &[&[bf16]], x: &[&[bf16]], sums: &mut Sums) {
+fn few_tokens<S: Simd, const R: usize, const T: usize>(
+    simd: S,
+    w: &[&[bf16]],
+    x: &[&[bf16]],
+    sums: &mut Sums,
+) {
     let mut row = 0;
-    while row + TILE_ROWS <= w.len() {
-        few_tokens_tile::<S, TILE_ROWS, T>(simd, w, row, x, sums);
-        row += TILE_ROWS;
-    }
     while row < w.len() {
-        few_tokens_tile::<S, 1, T>(simd, w, row, x, sums);
-        row += 1;
+        row += match row + R <= w.len() {
+            true => few_tokens_tile::<S, R, T>(simd, w, row, x, sums),
+            false => few_tokens_tile::<S, 1, T>(simd, w, row, x, sums),
+        };
     }
 }
 
+/// Multiplies `R` weight rows, from `row` on, and `T` tokens; `R`.
 #[inline(always)]
 fn few_tokens_tile<S: Simd, const R: usize, const T: usize>(
     simd: S,
@@ -126,25 +133,31 @@ fn few_tokens_tile<S: Simd, const R: usize, const T: usize>(
     row: usize,
     x: &[&[bf16]],
     sums: &mut Sums,
-) {
-    let len = w[row].len();
-    let w = cut::<R>(&w[row..], 0..len);
-    let x = cut::<T>(x, 0..len);
-    let tile = walk(
-        simd,
-        w,
-        [[simd.zero(); R]; T],
+) -> usize {
+    simd.call(
         #[inline(always)]
-        // SAFETY: `walk` asks for whole steps of `len` elements, and all rows of `x` have as many.
-        |step, t| unsafe { simd.load(x[t].as_ptr().add(step * S::STEP)) },
-        #[inline(always)]
-        |t| simd.load_partial(&x[t][len - len % S::STEP..]),
+        || {
+            let len = w[row].len();
+            let w = cut::<R>(&w[row..], 0..len);
+            let x = cut::<T>(x, 0..len);
+            let tile = walk(
+                simd,
+                w,
+                [[simd.zero(); R]; T],
+                #[inline(always)]
+                // SAFETY: `walk` asks for whole steps of `len` elements, and all rows of `x` have as many.
+                |step, t| unsafe { simd.load(x[t].as_ptr().add(step * S::STEP)) },
+                #[inline(always)]
+                |t| simd.load_partial(&x[t][len - len % S::STEP..]),
+            );
+            for t in 0..T {
+                for r in 0..R {
+                    sums[t][row + r] = simd.sum(tile[t][r]);
+                }
+            }
+        },
     );
-    for t in 0..T {
-        for r in 0..R {
-            sums[t][row + r] = simd.sum(tile[t][r]);
-        }
-    }
+    R
 }
 
 /// A block of the activations, `[step][token]`.
@@ -161,18 +174,21 @@ fn many_tokens<S: Simd, const R: usize>(simd: S, w: &[&[bf16]], x: &[&[bf16]], s
     let mut start = 0;
     while start < len {
         let k = start..len.min(start + BLOCK_STEPS * S::STEP);
+        let next_k = k.end..len.min(k.end + BLOCK_STEPS * S::STEP);
         unpack(simd, x, k.clone(), &mut unpacked);
         let mut row = 0;
         while row < w.len() {
-            // The weights that come next are asked for while these are multiplied.
+            // What comes next is asked for while this is multiplied: weights, and a token's next block.
             w[row..].iter().skip(R).take(R).for_each(|next| prefetch(simd, &next[k.clone()]));
-            if row + R <= w.len() {
-                many_tokens_rows::<S, R>(simd, w, row, k.clone(), &unpacked, x.len(), &mut accumulators);
-                row += R;
-            } else {
-                many_tokens_rows::<S, 1>(simd, w, row, k.clone(), &unpacked, x.len(), &mut accumulators);
-                row += 1;
-            }
+            x.get(row / R).into_iter().for_each(|next| prefetch(simd, &next[next_k.clone()]));
+            row += match row + R <= w.len() {
+                true => {
+                    many_tokens_rows::<S, R>(simd, w, row, k.clone(), &unpacked, x.len(), &mut accumulators)
+                }
+                false => {
+                    many_tokens_rows::<S, 1>(simd, w, row, k.clone(), &unpacked, x.len(), &mut accumulators)
+                }
+            };
         }
         start = k.end;
     }
@@ -200,7 +216,7 @@ fn unpack<S: Simd>(simd: S, x: &[&[bf16]], k: Range<usize>, unpacked: &mut Unpac
     }
 }
 
-/// Walks `R` weight rows, from `row` on, and all tokens along the block of elements `k`.
+/// Walks `R` weight rows, from `row` on, and all tokens along the block of elements `k`; `R`.
 #[inline(always)]
 fn many_tokens_rows<S: Simd, const R: usize>(
     simd: S,
@@ -210,19 +226,20 @@ fn many_tokens_rows<S: Simd, const R: usize>(
     unpacked: &Unpacked<S>,
     num_tokens: usize,
     accumulators: &mut Accumulators<S>,
-) {
+) -> usize {
     let w = cut::<R>(&w[row..], k);
     let mut token = 0;
-    while token + TILE_TOKENS <= num_tokens {
-        many_tokens_tile::<S, R, TILE_TOKENS>(simd, w, row, unpacked, token, accumulators);
-        token += TILE_TOKENS;
-    }
     while token < num_tokens {
-        many_tokens_tile::<S, R, 1>(simd, w, row, unpacked, token, accumulators);
-        token += 1;
+        token += match num_tokens - token {
+            1 => many_tokens_tile::<S, R, 1>(simd, w, row, unpacked, token, accumulators),
+            2 | 3 => many_tokens_tile::<S, R, 2>(simd, w, row, unpacked, token, accumulators),
+            _ => many_tokens_tile::<S, R, TILE_TOKENS>(simd, w, row, unpacked, token, accumulators),
+        };
     }
+    R
 }
 
+/// Walks `R` weight rows and `T` tokens, from `token` on, along a block; `T`.
 #[inline(always)]
 fn many_tokens_tile<S: Simd, const R: usize, const T: usize>(
     simd: S,
@@ -231,24 +248,31 @@ fn many_tokens_tile<S: Simd, const R: usize, const T: usize>(
     unpacked: &Unpacked<S>,
     token: usize,
     accumulators: &mut Accumulators<S>,
-) {
-    let mut tile = [[simd.zero(); R]; T];
-    for t in 0..T {
-        tile[t].copy_from_slice(&accumulators[token + t][row..row + R]);
-    }
-    let last_step = w[0].len() / S::STEP;
-    let tile = walk(
-        simd,
-        w,
-        tile,
+) -> usize {
+    simd.call(
         #[inline(always)]
-        |step, t| unpacked[step][token + t],
-        #[inline(always)]
-        |t| unpacked[last_step][token + t],
+        || {
+            let rest_step = w[0].len() / S::STEP;
+            assert!(rest_step <= BLOCK_STEPS);
+            let mut tile = [[simd.zero(); R]; T];
+            for t in 0..T {
+                tile[t].copy_from_slice(&accumulators[token + t][row..row + R]);
+            }
+            let tile = walk(
+                simd,
+                w,
+                tile,
+                #[inline(always)]
+                |step, t| unpacked[step][token + t],
+                #[inline(always)]
+                |t| unpacked[rest_step][token + t],
+            );
+            for t in 0..T {
+                accumulators[token + t][row..row + R].copy_from_slice(&tile[t]);
+            }
+        },
     );
-    for t in 0..T {
-        accumulators[token + t][row..row + R].copy_from_slice(&tile[t]);
-    }
+    T
 }
 
 /// Walks the pairs of a tile along all of `w`, whose rows are of one length.
@@ -284,7 +308,7 @@ fn walk<S: Simd, const R: usize, const T: usize>(
             }
         }
     }
-    if len % S::STEP > 0 {
+    if num_steps * S::STEP < len {
         for r in 0..R {
             let weights = simd.load_partial(&w[r][num_steps * S::STEP..]);
             for t in 0..T {

@@ -32,16 +32,17 @@ impl KvCache {
     /// Allocates a cache.
     ///
     /// # Errors
-    /// [`BackendError::OutOfMemory`] if the system refuses.
-    ///
-    /// # Panics
-    /// If a head has more than [`MAX_HEAD_DIM`] features.
+    /// [`BackendError::OutOfMemory`] if the system refuses, [`BackendError::Unsupported`] if a head has more than
+    /// [`MAX_HEAD_DIM`] features.
     pub(crate) fn new(
         shape: AttentionShape,
         num_blocks: usize,
         block_size: usize,
     ) -> Result<Self, BackendError> {
-        assert!(shape.head_dim <= MAX_HEAD_DIM, "heads have at most {MAX_HEAD_DIM} features");
+        if shape.head_dim > MAX_HEAD_DIM {
+            let what = format!("a head_dim of {}, more than {MAX_HEAD_DIM}", shape.head_dim);
+            return Err(BackendError::Unsupported(what));
+        }
         assert!(shape.num_heads.is_multiple_of(shape.num_kv_heads) && shape.head_dim.is_multiple_of(2));
         let num_slots = num_blocks * block_size;
         let len = num_slots * shape.kv_features();

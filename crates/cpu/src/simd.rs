@@ -42,9 +42,7 @@ pub(crate) trait Simd: Copy {
     type Accumulator: Copy;
     /// Elements that one [`Simd::dot`] takes from each row.
     const STEP: usize;
-    /// Most tokens whose accumulators fit the registers beside [`crate::dot::TILE_ROWS`] weight rows.
-    const FEW_TOKENS: usize;
-    /// Weight rows of a tile when there are more tokens than that.
+    /// Weight rows of a tile of four tokens, as many as the registers hold accumulators for: 2 or 4.
     const TILE_ROWS: usize;
 
     /// The empty sum.
@@ -61,6 +59,11 @@ pub(crate) trait Simd: Copy {
 
     /// Adds the products of `w` and `x` to `sum`.
     fn dot(self, sum: Self::Accumulator, w: Self::Elements, x: Self::Elements) -> Self::Accumulator;
+
+    /// Calls `f` as a function of its own, compiled for this instruction set.
+    ///
+    /// A hot loop gets all registers to itself, and one copy of it serves every kernel.
+    fn call(self, f: impl FnOnce());
 
     /// Asks for the cache line of an element that will be loaded soon.
     #[inline(always)]

@@ -1,39 +1,38 @@
-//! Activations `[max_rows, features]`, row-major without padding, and the aligned memory they lie in.
+//! Activations `[max_rows, features]`, row-major without padding, and the mapped memory they lie in.
 
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 
 use backend::{BackendError, DType};
-use bytemuck::{Pod, Zeroable};
+use bytemuck::Pod;
 use half::bf16;
+use memmap2::MmapMut;
 
 use crate::numbers::Element;
 
-/// A cache line: the alignment of every buffer, so that aligned rows never straddle two lines.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C, align(64))]
-struct CacheLine([u8; 64]);
-
-/// Elements in zeroed memory that starts on a cache line.
+/// Elements in zeroed memory that starts on a page.
+///
+/// The memory is mapped, not allocated: an aligned allocation would be filled with zeros byte by byte, which for a
+/// cache of many gigabytes takes seconds and makes resident what nobody has used yet.
 pub(crate) struct Buffer<T> {
-    lines: Vec<CacheLine>,
+    map: MmapMut,
     len: usize,
     element: PhantomData<T>,
 }
 
 impl<T: Pod> Buffer<T> {
-    /// Allocates `len` zeros; large buffers cost memory only where they are written.
+    /// Maps `len` zeros; they cost memory only where they are written.
     ///
     /// # Errors
     /// [`BackendError::OutOfMemory`] for `what` if the system refuses.
     pub(crate) fn zeroed(what: &str, len: usize) -> Result<Self, BackendError> {
-        let num_lines = (len * size_of::<T>()).div_ceil(size_of::<CacheLine>());
-        let out_of_memory = |()| BackendError::OutOfMemory {
+        let num_bytes = len.checked_mul(size_of::<T>());
+        let out_of_memory = || BackendError::OutOfMemory {
             what: what.to_owned(),
-            needed_bytes: (num_lines * size_of::<CacheLine>()) as u64,
+            needed_bytes: num_bytes.unwrap_or(usize::MAX) as u64,
         };
-        let lines = bytemuck::allocation::try_zeroed_vec(num_lines).map_err(out_of_memory)?;
-        Ok(Self { lines, len, element: PhantomData })
+        let map = num_bytes.and_then(|num_bytes| MmapMut::map_anon(num_bytes.max(1)).ok());
+        Ok(Self { map: map.ok_or_else(out_of_memory)?, len, element: PhantomData })
     }
 }
 
@@ -41,13 +40,13 @@ impl<T: Pod> Deref for Buffer<T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
-        &bytemuck::cast_slice(&self.lines)[..self.len]
+        bytemuck::cast_slice(&self.map[..self.len * size_of::<T>()])
     }
 }
 
 impl<T: Pod> DerefMut for Buffer<T> {
     fn deref_mut(&mut self) -> &mut [T] {
-        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.len]
+        bytemuck::cast_slice_mut(&mut self.map[..self.len * size_of::<T>()])
     }
 }
 

@@ -40,6 +40,6 @@ mod state;
 pub use app::app;
 pub use config::ServerConfig;
 pub use metrics::metric_names;
-pub use serve::serve;
+pub use serve::{Leave, serve};
 pub use state::AppState;
 pub use text::model::{TextError, TextFiles, TextModel};

@@ -26,6 +26,15 @@ const FAREWELL: Duration = Duration::from_secs(2);
 /// Pause after `accept` failed for want of something (files, memory) that others may give back.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
+/// How a server is told to leave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Leave {
+    /// By a supervisor: load balancers get `drain_grace` to notice.
+    AfterGrace,
+    /// By a person at a terminal, or because the engine has ended: nobody is waited for but running requests.
+    AtOnce,
+}
+
 /// Serves until `shutdown` completes, then drains: not ready at once, still accepting for `drain_grace`, then
 /// refusing while running requests finish, for `shutdown_timeout` at most; what still runs then ends early.
 ///
@@ -34,7 +43,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 pub async fn serve(
     listener: TcpListener,
     state: AppState,
-    shutdown: impl Future<Output = ()>,
+    shutdown: impl Future<Output = Leave>,
 ) -> io::Result<()> {
     listener.local_addr()?;
     let connections = GracefulShutdown::new();
@@ -43,10 +52,10 @@ pub async fn serve(
         tokio::pin!(accepting);
         tokio::select! {
             () = &mut accepting => {}
-            () = shutdown => {
+            leave = shutdown => {
                 tokio::select! {
                     () = &mut accepting => {}
-                    () = drain(&state) => {}
+                    () = drain(&state, leave) => {}
                 }
             }
         }
@@ -58,10 +67,14 @@ pub async fn serve(
 }
 
 /// Goes from serving to idle; new connections are accepted all the while, to be told.
-async fn drain(state: &AppState) {
-    tracing::info!(grace_s = state.config.drain_grace.as_secs_f64(), "shutting down: no longer ready");
+async fn drain(state: &AppState, leave: Leave) {
+    let grace = match leave {
+        Leave::AfterGrace => state.config.drain_grace,
+        Leave::AtOnce => Duration::ZERO,
+    };
+    tracing::info!(grace_s = grace.as_secs_f64(), "shutting down: no longer ready");
     state.lifecycle.advance(Phase::Leaving);
-    sleep(state.config.drain_grace).await;
+    sleep(grace).await;
     tracing::info!("draining: new requests are refused");
     state.lifecycle.advance(Phase::Draining);
     state.engine.drain();

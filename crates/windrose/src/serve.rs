@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use engine::{Clock, Engine, EngineConfig, EngineError, EngineHandle, EngineThread};
-use server::{AppState, ServerConfig, TextFiles, TextModel};
+use server::{AppState, Leave, ServerConfig, TextFiles, TextModel};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
-use tracing::info;
+use tracing::warn;
 
 use crate::fingerprint;
 use crate::load::Model;
@@ -36,8 +36,11 @@ pub(crate) fn run(settings: &Settings) -> Result<()> {
         let mut failure = None;
         let shutdown = async {
             tokio::select! {
-                () = terminated() => info!("told to end: draining"),
-                result = &mut ended => failure = Some(result),
+                leave = told_to_leave() => leave,
+                result = &mut ended => {
+                    failure = Some(result);
+                    Leave::AtOnce
+                }
             }
         };
         server::serve(listener, state, shutdown).await?;
@@ -146,15 +149,24 @@ fn api_keys(settings: &Settings) -> Result<Vec<String>> {
     Ok(keys)
 }
 
-/// Resolves at the first SIGTERM or SIGINT.
-fn terminated() -> impl Future<Output = ()> {
+/// Resolves at the first SIGTERM, which supervisors send, or SIGINT, which is Ctrl-C; a second one ends the process.
+fn told_to_leave() -> impl Future<Output = Leave> {
     let listen = |kind| signal(kind).expect("the runtime handles signals");
     let (mut terminate, mut interrupt) = (listen(SignalKind::terminate()), listen(SignalKind::interrupt()));
-    async move {
+    let mut next = async move || {
         tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+            _ = terminate.recv() => Leave::AfterGrace,
+            _ = interrupt.recv() => Leave::AtOnce,
         }
+    };
+    async move {
+        let leave = next().await;
+        tokio::spawn(async move {
+            next().await;
+            warn!("told to end again: not waiting for what still runs");
+            std::process::exit(1);
+        });
+        leave
     }
 }
 

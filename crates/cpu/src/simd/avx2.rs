@@ -28,7 +28,6 @@ impl Simd for Avx2 {
     type Elements = [__m256; 2];
     type Accumulator = __m256;
     const STEP: usize = 16;
-    const FEW_TOKENS: usize = 2;
     const TILE_ROWS: usize = 2;
 
     #[inline(always)]
@@ -60,6 +59,17 @@ impl Simd for Avx2 {
     fn dot(self, sum: __m256, w: [__m256; 2], x: [__m256; 2]) -> __m256 {
         // SAFETY: `self` proves FMA.
         unsafe { _mm256_fmadd_ps(w[0], x[0], _mm256_fmadd_ps(w[1], x[1], sum)) }
+    }
+
+    #[inline(always)]
+    fn call(self, f: impl FnOnce()) {
+        #[inline(never)]
+        #[target_feature(enable = "avx2,fma")]
+        fn call(f: impl FnOnce()) {
+            f();
+        }
+        // SAFETY: `self` proves AVX2 and FMA.
+        unsafe { call(f) }
     }
 
     #[inline(always)]

@@ -21,7 +21,6 @@ impl Simd for Avx512Bf16 {
     type Elements = __m512i;
     type Accumulator = __m512;
     const STEP: usize = 32;
-    const FEW_TOKENS: usize = 4;
     const TILE_ROWS: usize = 4;
 
     #[inline(always)]
@@ -52,6 +51,17 @@ impl Simd for Avx512Bf16 {
             let [w, x] = [w, x].map(|elements| std::mem::transmute::<__m512i, __m512bh>(elements));
             _mm512_dpbf16_ps(sum, w, x)
         }
+    }
+
+    #[inline(always)]
+    fn call(self, f: impl FnOnce()) {
+        #[inline(never)]
+        #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+        fn call(f: impl FnOnce()) {
+            f();
+        }
+        // SAFETY: `self` proves these features.
+        unsafe { call(f) }
     }
 
     #[inline(always)]

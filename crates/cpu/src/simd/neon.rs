@@ -21,7 +21,6 @@ impl Simd for Neon {
     type Elements = [float32x4_t; 2];
     type Accumulator = float32x4_t;
     const STEP: usize = 8;
-    const FEW_TOKENS: usize = 4;
     const TILE_ROWS: usize = 4;
 
     #[inline(always)]
@@ -53,6 +52,11 @@ impl Simd for Neon {
     fn dot(self, sum: float32x4_t, w: [float32x4_t; 2], x: [float32x4_t; 2]) -> float32x4_t {
         // SAFETY: as in `zero`.
         unsafe { vfmaq_f32(vfmaq_f32(sum, w[1], x[1]), w[0], x[0]) }
+    }
+
+    #[inline(never)]
+    fn call(self, f: impl FnOnce()) {
+        f();
     }
 
     #[inline(always)]

@@ -16,7 +16,6 @@ impl Simd for Portable {
     type Elements = [u32; LANES];
     type Accumulator = [f32; LANES];
     const STEP: usize = 2 * LANES;
-    const FEW_TOKENS: usize = 4;
     const TILE_ROWS: usize = 4;
 
     #[inline(always)]
@@ -45,6 +44,11 @@ impl Simd for Portable {
             sum[lane] += even(w[lane]) * even(x[lane]);
         }
         sum
+    }
+
+    #[inline(never)]
+    fn call(self, f: impl FnOnce()) {
+        f();
     }
 
     #[inline(always)]

@@ -8,7 +8,7 @@ use engine::{EngineConfig, FakeRunner};
 use http_body_util::BodyExt;
 use model::RunnerLimits;
 use serde_json::json;
-use server::{ServerConfig, serve};
+use server::{Leave, ServerConfig, serve};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
@@ -156,6 +156,7 @@ async fn run(server: &Server) -> Running {
     let (leave, left) = oneshot::channel();
     let shutdown = async {
         let _ = left.await;
+        Leave::AfterGrace
     };
     Running { address, leave, task: tokio::spawn(serve(listener, server.state.clone(), shutdown)) }
 }
