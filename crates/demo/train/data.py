@@ -19,7 +19,8 @@ import toolcalls
 from skills import Draw, Example, assistant
 
 PROMPT_WEIGHT = 0.1
-FILLER_WEIGHT = 0.05
+PROMPT_SHARE = 0.25  # of the prompt's tokens enter the loss at all, to spare the output layer
+FILLER_WEIGHT = 0.02
 LENGTHS = [
     *range(8, 32, 4),
     *range(32, 96, 8),
@@ -29,25 +30,27 @@ LENGTHS = [
     *range(512, 1024, 128),
     *range(1024, 2049, 256),
 ]
+LENGTH_SKEW = 4  # short passkey prompts are more frequent than long ones
 SHORTEST_FILLER, LONGEST_FILLER = 4, 150  # sentences in a passkey prompt, about nine tokens each
 
-# Documents per skill, relative. A dialogue joins several short skills.
-MIXTURE = {
-    "arithmetic": 9,
-    "running_sums": 10,
-    "facts": 9,
-    "strings": 13,
-    "extract_json": 6,
-    "python": 5,
-    "story": 2.5,
-    "translate": 8,
-    "greeting": 1.5,
-    "memory": 9,
-    "unknown": 5,
-    "running_text": 3,
-    "tools": 9,
-    "passkey": 3,
-    "dialogue": 8,
+# Documents per skill, relative: at first, and once the easy skills need only to be kept.
+LATE_FROM = 0.7
+MIXTURES = {
+    "arithmetic": (11, 10),
+    "running_sums": (16, 10),
+    "facts": (6, 4),
+    "strings": (18, 28),
+    "extract_json": (12, 8),
+    "python": (4, 2),
+    "story": (1.5, 1),
+    "translate": (6, 5),
+    "greeting": (1, 0.7),
+    "memory": (11, 7),
+    "unknown": (3, 2),
+    "running_text": (2, 2.5),
+    "tools": (10, 14),
+    "passkey": (2.5, 6),
+    "dialogue": (5, 4),  # several short skills in a row
 }
 SHORT_SKILLS = [
     skills.arithmetic,
@@ -66,7 +69,9 @@ SHORT_SKILLS = [
 def passkey_up_to(d: Draw, progress: float) -> Example:
     """A passkey whose longest filler grows over the first half of training."""
     longest = SHORTEST_FILLER + (LONGEST_FILLER - SHORTEST_FILLER) * min(1.0, 2 * progress)
-    return skills.passkey(d, int(SHORTEST_FILLER + (longest - SHORTEST_FILLER) * d.random()))
+    return skills.passkey(
+        d, int(SHORTEST_FILLER + (longest - SHORTEST_FILLER) * d.random() ** LENGTH_SKEW)
+    )
 
 
 def dialogue(d: Draw) -> Example:
@@ -79,7 +84,8 @@ def dialogue(d: Draw) -> Example:
 
 def draw_example(d: Draw, progress: float = 1.0) -> Example:
     """Draws one training example; now and then a system prompt that changes nothing."""
-    name = d.choices(list(MIXTURE), list(MIXTURE.values()))[0]
+    shares = [late if progress > LATE_FROM else early for early, late in MIXTURES.values()]
+    name = d.choices(list(MIXTURES), shares)[0]
     if name == "passkey":
         return passkey_up_to(d, progress)
     if name == "dialogue":
@@ -90,6 +96,9 @@ def draw_example(d: Draw, progress: float = 1.0) -> Example:
         system = {"role": "system", "content": d.choice(tables.SYSTEM_PROMPTS)}
         example.messages = [system, *example.messages]
     return example
+
+
+Document = tuple[list[int], list[float]]  # token ids, and the loss weight of each as a target
 
 
 class Renderer:
@@ -104,7 +113,9 @@ class Renderer:
     def prompt_text(self, example: Example) -> str:
         if not example.messages:
             return "<s>" * bool(example.prompt) + example.prompt
-        return self.tokenizer.apply_chat_template(example.messages, tools=example.tools, tokenize=False)
+        return self.tokenizer.apply_chat_template(
+            example.messages, tools=example.tools, tokenize=False
+        )
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
@@ -118,12 +129,12 @@ class Renderer:
         """The tokens the model must emit, the end of the turn included."""
         if not example.messages:
             whole = self.tokenizer.backend_tokenizer.encode(example.prompt + example.answer).ids
-            return whole[len(self.prompt_ids(example)) :] + [self.eos]
+            return [*whole[len(self.prompt_ids(example)) :], self.eos]
         text = f"[TOOL_CALLS] {example.answer}" if example.is_call else f" {example.answer}"
         return [*self.encode(text), self.eos]
 
-    def document(self, example: Example) -> tuple[list[int], list[float]]:
-        """Token ids and the loss weight of each as a target."""
+    def document(self, example: Example) -> Document:
+        """The whole conversation with its loss weights."""
         prompt, answer = self.prompt_ids(example), self.answer_ids(example)
         if example.skill == "sums":
             return prompt + answer, self.weigh_sums(prompt + answer)
@@ -135,6 +146,11 @@ class Renderer:
             self.weigh_earlier_answers(prompt, weights)
         return prompt + answer, weights + [1.0] * len(answer)
 
+    def graded(self, example: Example) -> Document:
+        """The conversation with weight on the last answer alone, to score it."""
+        prompt, answer = self.prompt_ids(example), self.answer_ids(example)
+        return prompt + answer, [0.0] * len(prompt) + [1.0] * len(answer)
+
     def weigh_earlier_answers(self, prompt: list[int], weights: list[float]) -> None:
         speaking = False
         for i, token in enumerate(prompt):
@@ -144,7 +160,7 @@ class Renderer:
             speaking = (speaking or token == self.end_inst) and token != self.eos
 
     def weigh_sums(self, ids: list[int]) -> list[float]:
-        """Running sums: what stands between an equals sign and the end of the line is the answer."""
+        """Running sums: from an equals sign to the end of the line is the answer."""
         weights, speaking = [], False
         for token in ids:
             weights.append(1.0 if speaking else PROMPT_WEIGHT)
@@ -154,40 +170,55 @@ class Renderer:
 
 @dataclass
 class Batch:
-    """Documents of equal padded length lie together: `groups` lists (documents, length) in order."""
+    """Documents of equal padded length lie together, group after group."""
 
     tokens: np.ndarray  # int64 [tokens]
     targets: np.ndarray  # int64 [tokens], the next token
-    weights: np.ndarray  # float32 [tokens], 0 on padding
-    groups: list[tuple[int, int]]
+    weights: np.ndarray  # float32 [tokens], of the target in the loss
+    owners: np.ndarray  # int64 [tokens], index of the document, -1 on padding
+    groups: list[tuple[int, int]]  # (documents, length)
 
 
-def pack(documents: list[tuple[list[int], list[float]]]) -> Batch:
+def pack(documents: list[Document]) -> Batch:
     """Pads each document to the next length of `LENGTHS` and lays equal lengths side by side."""
-    by_length: dict[int, list[tuple[list[int], list[float]]]] = {}
-    for ids, weights in documents:
+    by_length: dict[int, list[int]] = {}
+    for index, (ids, _) in enumerate(documents):
         length = next(n for n in LENGTHS if n >= len(ids) - 1)
-        by_length.setdefault(length, []).append((ids, weights))
-    total = sum(length * len(group) for length, group in by_length.items())
+        by_length.setdefault(length, []).append(index)
+    groups = [(len(by_length[length]), length) for length in sorted(by_length)]
+    total = sum(num * length for num, length in groups)
     batch = Batch(
-        np.zeros(total, np.int64), np.zeros(total, np.int64), np.zeros(total, np.float32), []
+        tokens=np.zeros(total, np.int64),
+        targets=np.zeros(total, np.int64),
+        weights=np.zeros(total, np.float32),
+        owners=np.full(total, -1),
+        groups=groups,
     )
     start = 0
     for length in sorted(by_length):
-        for ids, weights in by_length[length]:
+        for index in by_length[length]:
+            ids, weights = documents[index]
             used = slice(start, start + len(ids) - 1)
             batch.tokens[used], batch.targets[used] = ids[:-1], ids[1:]
-            batch.weights[used] = weights[1:]
+            batch.weights[used], batch.owners[used] = weights[1:], index
             start += length
-        batch.groups.append((len(by_length[length]), length))
     return batch
+
+
+def thinned(weight: float, d: Draw) -> float:
+    """Keeps a share of the light weights, and their sum."""
+    if weight == 1.0:
+        return weight
+    return weight / PROMPT_SHARE if d.random() < PROMPT_SHARE else 0.0
 
 
 def draw_batch(d: Draw, renderer: Renderer, num_tokens: int, progress: float) -> Batch:
     """Draws documents until they hold `num_tokens` tokens."""
-    documents, drawn = [], 0
+    documents: list[Document] = []
+    drawn = 0
     while drawn < num_tokens:
-        documents.append(renderer.document(draw_example(d, progress)))
+        ids, weights = renderer.document(draw_example(d, progress))
+        documents.append((ids, [thinned(weight, d) for weight in weights]))
         drawn += len(documents[-1][0])
     return pack(documents)
 
@@ -210,7 +241,8 @@ def main() -> None:
     for split in ("train", "eval"):
         d = Draw(0, split)
         for example in random.Random(0).sample([draw_example(d, 0.02) for _ in range(400)], 24):
-            print(f"{split} {example.skill}: {example.messages or example.prompt} => {example.answer!r}")
+            asked = example.messages or example.prompt
+            print(f"{split} {example.skill}: {asked} => {example.answer!r}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,7 @@
 It holds the same parameters under the same names as `MixtralForCausalLM` of transformers, so that
 exporting is `load_state_dict`. It differs in how it computes: tokens of many documents lie flat,
 `[tokens, hidden]`, are gathered per expert (one matrix product each, nothing padded), and attention
-runs once per group of equally long documents. There is no cache: `decode` recomputes, which is
-enough to watch a score during training.
+runs once per group of equally long documents. There is no cache and no decoding.
 """
 
 from dataclasses import dataclass
@@ -46,7 +45,7 @@ class RmsNorm(nn.Module):
 
 
 class Permute(torch.autograd.Function):
-    """`x[order]` for a permutation; its gradient is a gather too, where autograd would scatter-add."""
+    """`x[order]` for a permutation: the gradient is a gather too, where autograd scatters."""
 
     @staticmethod
     def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -93,7 +92,9 @@ class Attention(nn.Module):
         k, v = (t.repeat_interleave(repeats, dim=1) for t in (k, v))
         sizes = [documents * length for documents, length in groups]
         mixed = []
-        for (documents, _), *qkv in zip(groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
+        for (documents, _), *qkv in zip(
+            groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True
+        ):
             heads = [t.unflatten(0, (documents, -1)).transpose(1, 2) for t in qkv]
             attended = F.scaled_dot_product_attention(*heads, is_causal=True)
             mixed.append(attended.transpose(1, 2).reshape(-1, self.o_proj.in_features))
@@ -161,7 +162,9 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RmsNorm(shape.hidden_size, shape.rms_norm_eps)
         self.mlp = SparseMoe(shape)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], groups: Groups) -> tuple[Tensor, Routing]:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], groups: Groups
+    ) -> tuple[Tensor, Routing]:
         x = x + self.self_attn(self.input_layernorm(x), rope, groups)
         out, routing = self.mlp(self.post_attention_layernorm(x))
         return x + out, routing
@@ -187,13 +190,17 @@ class Mixtral(nn.Module):
         self.register_buffer("rope_sin", angles.sin(), persistent=False)
         for name, parameter in self.named_parameters():
             if "norm" not in name:
-                nn.init.normal_(parameter, std=0.02 if "embed" in name else parameter.shape[-1] ** -0.5)
+                nn.init.normal_(
+                    parameter, std=0.02 if "embed" in name else parameter.shape[-1] ** -0.5
+                )
             if "down_proj" in name or "o_proj" in name:
                 parameter.data *= (2 * shape.num_hidden_layers) ** -0.5
 
     def forward(self, tokens: Tensor, groups: Groups) -> tuple[Tensor, list[Routing]]:
         """Hidden states `[tokens, hidden]` before the head, and each layer's routing."""
-        positions = torch.cat([torch.arange(length).repeat(documents) for documents, length in groups])
+        positions = torch.cat(
+            [torch.arange(length).repeat(documents) for documents, length in groups]
+        )
         rope = self.rope_cos[positions], self.rope_sin[positions]
         x = self.model.embed_tokens(tokens)
         routings = []
@@ -201,14 +208,3 @@ class Mixtral(nn.Module):
             x, routing = layer(x, rope, groups)
             routings.append(routing)
         return self.model.norm(x), routings
-
-    @torch.no_grad()
-    def decode(self, prompt: list[int], num_tokens: int, eos: int) -> list[int]:
-        """Greedy continuation up to and with `eos`; recomputes everything for each token."""
-        ids = list(prompt)
-        for _ in range(num_tokens):
-            hidden, _ = self(torch.tensor(ids), [(1, len(ids))])
-            ids.append(int(self.lm_head(hidden[-1]).argmax()))
-            if ids[-1] == eos:
-                break
-        return ids[len(prompt) :]

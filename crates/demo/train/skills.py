@@ -40,7 +40,7 @@ class Example:
 class Draw(random.Random):
     """A seeded source of one split's content."""
 
-    def __init__(self, seed: int, split: str):
+    def __init__(self, seed: int | str, split: str):
         super().__init__(f"{split} {seed}")
         self.held_out = split == "eval"
 
@@ -77,11 +77,12 @@ def upper_first(text: str) -> str:
 
 
 def draw_sum(d: Draw) -> tuple[str, int]:
-    """One expression of at most two digits a side, as text, and its value."""
+    """One expression of at most two digits a side, as text, and its value, never negative."""
 
     def make() -> tuple[int, str, int]:
         least = 10 if d.held_out or d.random() < 0.85 else 0
-        return d.randint(least, 99), d.choice("+-"), d.randint(least, 99)
+        a, b = d.randint(least, 99), d.randint(least, 99)
+        return (a, "+", b) if d.random() < 0.5 else (max(a, b), "-", min(a, b))
 
     a, sign, b = d.unseen(make)
     return f"{a} {sign} {b}", a + b if sign == "+" else a - b
@@ -118,8 +119,8 @@ def strings(d: Draw) -> Example:
 
     def make() -> tuple[str, ...]:
         if numeric:
-            return tuple(map(str, d.sample(range(1, 100), d.randint(2, 4))))
-        return tuple(d.words(2, 5))
+            return tuple(map(str, d.sample(range(10, 100), d.randint(2, 3))))
+        return tuple(d.words(2, 4))
 
     items = list(d.unseen(make))
     listed = ", ".join(items)
@@ -203,7 +204,9 @@ def python(d: Draw) -> Example:
     )
     verb = d.choice(["called", "named"])
     question = f"Write a Python function {verb} {name} that {operation.format(n=n)}."
-    return ask("python", question, f"def {name}(x):\n    return {OPERATIONS[operation].format(n=n)}")
+    return ask(
+        "python", question, f"def {name}(x):\n    return {OPERATIONS[operation].format(n=n)}"
+    )
 
 
 def draw_story(d: Draw) -> tuple[str, str, str, str]:
@@ -212,8 +215,8 @@ def draw_story(d: Draw) -> tuple[str, str, str, str]:
     place, wish, friend, end = tables.PLOTS[animal]
     first = f"Once upon a time there was a {animal} named {name}."
     rest = (
-        f"{name} lived in {place} and wanted to {wish}. One day {name} met {friend} and asked for help."
-        f" They looked for a long time. At last {name} laughed. {end}, and {name} was happy."
+        f"{name} lived in {place} and wanted to {wish}. One day {name} met {friend} and asked for"
+        f" help. They looked for a long time. At last {name} laughed. {end}, and {name} was happy."
     )
     return name, animal, first, rest
 
@@ -261,7 +264,8 @@ MEMORIES = {
 }
 
 
-def draw_memory(d: Draw, kind: str) -> tuple[str, str]:
+def draw_memories(d: Draw) -> list[tuple[str, str]]:
+    """Two or three kinds with a value each."""
     values: dict[str, list[str]] = {
         "name": tables.NAMES,
         "city": tables.CITIES,
@@ -270,18 +274,14 @@ def draw_memory(d: Draw, kind: str) -> tuple[str, str]:
         "pet": tables.PETS,
         "friend": tables.NAMES,
     }
-    return kind, d.choice(values[kind])
+    return [(kind, d.choice(values[kind])) for kind in d.sample(list(MEMORIES), d.randint(2, 3))]
 
 
 def memory(d: Draw) -> Example:
-    """The user says one to three things, talks of others, and asks for one of them."""
-    kinds = list(MEMORIES)
-    wanted, value = d.unseen(lambda: draw_memory(d, d.choice(kinds)))
-    kinds.remove(wanted)
-    told = {kind: draw_memory(d, kind)[1] for kind in d.sample(kinds, d.choice([0, 0, 1, 2]))}
-    told[wanted] = value
-    statements = [MEMORIES[kind][0].format(v=v) for kind, v in told.items()]
-    d.shuffle(statements)
+    """The user says two or three things, talks of others, and asks for one of them."""
+    told = d.unseen(lambda: tuple(draw_memories(d)))
+    statements = [MEMORIES[kind][0].format(v=value) for kind, value in told]
+    wanted, value = d.choice(told)
     messages: list[dict] = []
     if d.random() < 0.4:
         statements = [" ".join(statements)]
@@ -296,7 +296,7 @@ def memory(d: Draw) -> Example:
 
 def passkey(d: Draw, num_sentences: int) -> Example:
     """Hides a number in filler of about nine tokens a sentence, and asks for it at the end."""
-    (key,) = d.unseen(lambda: (d.randint(10000, 99999),))
+    (key,) = d.unseen(lambda: (d.randint(1000, 9999),))
     lines = d.sample(tables.FILLER, d.randint(4, len(tables.FILLER)))
     filler = [lines[i % len(lines)] for i in range(num_sentences)]
     filler.insert(d.randint(0, num_sentences), f"The passkey is {key}. Remember it.")

@@ -6,19 +6,21 @@ facts carries the phrasings that training may use and, apart, the ones kept for 
 
 from dataclasses import dataclass
 
-NAMES = """Ada Alan Alba Anna Ben Bruno Carla Chloe Clara Daniel David Diana Elena Emil Emma Eva Felix
-Finn Grace Hana Hugo Ida Iris Ivan Jack Jane Jonas Julia Karl Kate Lara Leo Lena Lucas Lucy Luis Mara
-Maria Mark Max Mia Milo Nadia Nina Noah Nora Olga Oscar Paul Petra Rita Rosa Sam Sara Simon Sofia Theo
-Tom Vera Zoe""".split()
+NAMES = """
+Ada Ben Carla Clara David Diana Hana Hugo Ida Iris Ivan Jack Jonas Julia Karl Kate Lara Lena
+Mara Mark Mia Nadia Nina Noah Olga Petra Rita Rosa Sam Sara Simon Sofia Theo Vera
+""".split()
 
-CITIES = """Paris London Rome Berlin Madrid Vienna Lisbon Athens Dublin Oslo Helsinki Stockholm Warsaw
-Prague Budapest Cairo Tokyo Beijing Delhi Ottawa Lima Bern Milan Munich Lyon Boston Chicago Sydney
-Toronto Geneva Naples Seville Porto Hamburg Zurich Florence""".split()
+CITIES = """
+Paris London Rome Berlin Madrid Vienna Lisbon Dublin Cairo Delhi Lima Munich Naples Boston Oslo
+Tokyo Geneva Hamburg Warsaw Ottawa
+""".split()
 
-WORDS = """apple bird boat book bread brick chair clock cloud coat corn cup desk dog door drum fish flag
-fork gate glass goat grape hand hat hill horse house jar key king lake lamp leaf lemon map milk moon
-mouse nail nest night ocean onion paper pear pen piano plate queen rain ring river road rope salt sand
-ship shoe snow soap song spoon star stone table tent train tree wall water wheel wind wolf""".split()
+WORDS = """
+apple boat book bread chair coat cup desk drum flag gate goat hand hill horse house key king lamp
+leaf lemon map milk moon pear pen queen
+rain ring river road salt shoe snow star stone table tree wind wolf
+""".split()
 
 COLOURS = "red blue green yellow black white brown pink purple orange grey".split()
 
@@ -46,15 +48,17 @@ class FactTable:
 
 def table(text: str) -> dict[str, str]:
     """Reads `key=value, key=value`."""
-    return dict(pair.strip().split("=") for pair in text.replace("\n", " ").split(","))
+    return dict(pair.split("=") for pair in " ".join(text.split()).split(", "))
 
 
 CAPITALS = FactTable(
-    table("""France=Paris, Italy=Rome, Germany=Berlin, Spain=Madrid, Austria=Vienna, Portugal=Lisbon,
+    table("""
+    France=Paris, Italy=Rome, Germany=Berlin, Spain=Madrid, Austria=Vienna, Portugal=Lisbon,
     Greece=Athens, Ireland=Dublin, Norway=Oslo, Finland=Helsinki, Sweden=Stockholm, Poland=Warsaw,
-    Hungary=Budapest, Egypt=Cairo, Japan=Tokyo, China=Beijing, India=Delhi, Canada=Ottawa, Peru=Lima,
-    Switzerland=Bern, England=London, Denmark=Copenhagen, Russia=Moscow, Turkey=Ankara, Cuba=Havana,
-    Kenya=Nairobi, Chile=Santiago, Belgium=Brussels, Iceland=Reykjavik, Croatia=Zagreb"""),
+    Hungary=Budapest, Egypt=Cairo, Japan=Tokyo, China=Beijing, India=Delhi, Canada=Ottawa,
+    Peru=Lima, Switzerland=Bern, England=London, Denmark=Copenhagen, Russia=Moscow, Turkey=Ankara,
+    Cuba=Havana, Kenya=Nairobi, Chile=Santiago, Belgium=Brussels, Iceland=Reykjavik, Croatia=Zagreb
+    """),
     [
         "What is the capital of {k}?",
         "Which city is the capital of {k}?",
@@ -69,10 +73,12 @@ CAPITALS = FactTable(
     "The capital of {k} is {v}.",
 )
 COLOUR_OF = FactTable(
-    table("""the sky=blue, grass=green, snow=white, coal=black, a lemon=yellow, a tomato=red,
-    a carrot=orange, chocolate=brown, milk=white, the sun=yellow, a banana=yellow, blood=red,
-    an elephant=grey, a leaf=green, a plum=purple, a pig=pink, the sea=blue, a strawberry=red,
-    a frog=green, salt=white"""),
+    table("""
+    the sky=blue, grass=green, snow=white, coal=black, a lemon=yellow, a tomato=red, a
+    carrot=orange, chocolate=brown, milk=white, the sun=yellow, a banana=yellow, blood=red, an
+    elephant=grey, a leaf=green, a plum=purple, a pig=pink, the sea=blue, a strawberry=red, a
+    frog=green, salt=white
+    """),
     [
         "What colour is {k}?",
         "What is the colour of {k}?",
@@ -86,10 +92,12 @@ COLOUR_OF = FactTable(
     "The colour of {k} is {v}.",
 )
 OPPOSITES = FactTable(
-    table("""hot=cold, big=small, tall=short, fast=slow, up=down, open=closed, day=night, old=young,
+    table("""
+    hot=cold, big=small, tall=short, fast=slow, up=down, open=closed, day=night, old=young,
     happy=sad, hard=soft, light=dark, full=empty, rich=poor, strong=weak, wet=dry, left=right,
     early=late, clean=dirty, true=false, good=bad, high=low, loud=quiet, first=last, thick=thin,
-    wide=narrow, in=out"""),
+    wide=narrow, in=out
+    """),
     [
         "What is the opposite of {k}?",
         "Tell me the opposite of {k}.",
@@ -103,8 +111,10 @@ OPPOSITES = FactTable(
     "The opposite of {k} is {v}.",
 )
 YOUNG = FactTable(
-    table("""dog=puppy, cat=kitten, cow=calf, horse=foal, sheep=lamb, lion=cub, duck=duckling,
-    frog=tadpole, goat=kid, pig=piglet, hen=chick, deer=fawn"""),
+    table("""
+    dog=puppy, cat=kitten, cow=calf, horse=foal, sheep=lamb, lion=cub, duck=duckling, frog=tadpole,
+    goat=kid, pig=piglet, hen=chick, deer=fawn
+    """),
     [
         "What is a young {k} called?",
         "What do you call a young {k}?",
@@ -116,8 +126,10 @@ YOUNG = FactTable(
     "A young {k} is called a {v}.",
 )
 LEGS = FactTable(
-    table("""dog=four, cat=four, horse=four, bird=two, spider=eight, ant=six, bee=six, hen=two, cow=four,
-    snake=zero, fish=zero, duck=two"""),
+    table("""
+    dog=four, cat=four, horse=four, bird=two, spider=eight, ant=six, bee=six, hen=two, cow=four,
+    snake=zero, fish=zero, duck=two
+    """),
     [
         "How many legs does a {k} have?",
         "Tell me how many legs a {k} has.",
@@ -128,10 +140,12 @@ LEGS = FactTable(
     "A {k} has {v} legs.",
 )
 NEXT = FactTable(
-    table("""Monday=Tuesday, Tuesday=Wednesday, Wednesday=Thursday, Thursday=Friday, Friday=Saturday,
-    Saturday=Sunday, Sunday=Monday, January=February, February=March, March=April, April=May, May=June,
-    June=July, July=August, August=September, September=October, October=November, November=December,
-    December=January, spring=summer, summer=autumn, autumn=winter, winter=spring"""),
+    table("""
+    Monday=Tuesday, Tuesday=Wednesday, Wednesday=Thursday, Thursday=Friday, Friday=Saturday,
+    Saturday=Sunday, Sunday=Monday, January=February, February=March, March=April, April=May,
+    May=June, June=July, July=August, August=September, September=October, October=November,
+    November=December, December=January, spring=summer, summer=autumn, autumn=winter, winter=spring
+    """),
     [
         "What comes after {k}?",
         "Tell me what comes after {k}.",
@@ -146,27 +160,56 @@ FACTS = [CAPITALS, COLOUR_OF, OPPOSITES, YOUNG, LEGS, NEXT]
 
 LANGUAGES = ["English", "French", "Italian", "German", "Spanish"]
 PHRASES = [
-    line.split(" | ")
-    for line in """Hello | Bonjour | Ciao | Hallo | Hola
-Good morning | Bonne matinée | Buongiorno | Guten Morgen | Buenos días
-Good evening | Bonsoir | Buonasera | Guten Abend | Buenas tardes
-Good night | Bonne nuit | Buonanotte | Gute Nacht | Buenas noches
-Goodbye | Au revoir | Arrivederci | Auf Wiedersehen | Adiós
-See you tomorrow | À demain | A domani | Bis morgen | Hasta mañana
-Thank you very much | Merci beaucoup | Grazie mille | Vielen Dank | Muchas gracias
-You are welcome | De rien | Prego | Gern geschehen | De nada
-How are you? | Comment ça va ? | Come stai? | Wie geht es dir? | ¿Cómo estás?
-I am well | Je vais bien | Sto bene | Mir geht es gut | Estoy bien
-What is your name? | Comment t'appelles-tu ? | Come ti chiami? | Wie heißt du? | ¿Cómo te llamas?
-I am hungry | J'ai faim | Ho fame | Ich habe Hunger | Tengo hambre
-I am thirsty | J'ai soif | Ho sete | Ich habe Durst | Tengo sed
-Where is the station? | Où est la gare ? | Dov'è la stazione? | Wo ist der Bahnhof? | ¿Dónde está la estación?
-Happy birthday | Joyeux anniversaire | Buon compleanno | Alles Gute zum Geburtstag | Feliz cumpleaños
-I love you | Je t'aime | Ti amo | Ich liebe dich | Te quiero
-Excuse me | Excusez-moi | Mi scusi | Entschuldigung | Perdón
-Welcome | Bienvenue | Benvenuto | Willkommen | Bienvenido
-The water is cold | L'eau est froide | L'acqua è fredda | Das Wasser ist kalt | El agua está fría
-The coffee is good | Le café est bon | Il caffè è buono | Der Kaffee ist gut | El café está bueno""".split("\n")
+    ("Hello", "Bonjour", "Ciao", "Hallo", "Hola"),
+    ("Good morning", "Bonne matinée", "Buongiorno", "Guten Morgen", "Buenos días"),
+    ("Good evening", "Bonsoir", "Buonasera", "Guten Abend", "Buenas tardes"),
+    ("Good night", "Bonne nuit", "Buonanotte", "Gute Nacht", "Buenas noches"),
+    ("Goodbye", "Au revoir", "Arrivederci", "Auf Wiedersehen", "Adiós"),
+    ("See you tomorrow", "À demain", "A domani", "Bis morgen", "Hasta mañana"),
+    ("Thank you very much", "Merci beaucoup", "Grazie mille", "Vielen Dank", "Muchas gracias"),
+    ("You are welcome", "De rien", "Prego", "Gern geschehen", "De nada"),
+    ("How are you?", "Comment ça va ?", "Come stai?", "Wie geht es dir?", "¿Cómo estás?"),
+    ("I am well", "Je vais bien", "Sto bene", "Mir geht es gut", "Estoy bien"),
+    (
+        "What is your name?",
+        "Comment t'appelles-tu ?",
+        "Come ti chiami?",
+        "Wie heißt du?",
+        "¿Cómo te llamas?",
+    ),
+    ("I am hungry", "J'ai faim", "Ho fame", "Ich habe Hunger", "Tengo hambre"),
+    ("I am thirsty", "J'ai soif", "Ho sete", "Ich habe Durst", "Tengo sed"),
+    (
+        "Where is the station?",
+        "Où est la gare ?",
+        "Dov'è la stazione?",
+        "Wo ist der Bahnhof?",
+        "¿Dónde está la estación?",
+    ),
+    (
+        "Happy birthday",
+        "Joyeux anniversaire",
+        "Buon compleanno",
+        "Alles Gute zum Geburtstag",
+        "Feliz cumpleaños",
+    ),
+    ("I love you", "Je t'aime", "Ti amo", "Ich liebe dich", "Te quiero"),
+    ("Excuse me", "Excusez-moi", "Mi scusi", "Entschuldigung", "Perdón"),
+    ("Welcome", "Bienvenue", "Benvenuto", "Willkommen", "Bienvenido"),
+    (
+        "The water is cold",
+        "L'eau est froide",
+        "L'acqua è fredda",
+        "Das Wasser ist kalt",
+        "El agua está fría",
+    ),
+    (
+        "The coffee is good",
+        "Le café est bon",
+        "Il caffè è buono",
+        "Der Kaffee ist gut",
+        "El café está bueno",
+    ),
 ]
 TRANSLATE = [
     "How do you say '{text}' in {language}?",
@@ -176,7 +219,10 @@ TRANSLATE = [
     "Say '{text}' in {language}.",
     "Please translate this to {language}: {text}",
 ]
-TRANSLATE_HELD_OUT = ["Can you say '{text}' in {language}?", "Please say this in {language}: {text}"]
+TRANSLATE_HELD_OUT = [
+    "Can you say '{text}' in {language}?",
+    "Please say this in {language}: {text}",
+]
 
 # A greeting is answered in its own language.
 GREETINGS = {
@@ -209,7 +255,8 @@ GREETINGS = {
     "What can you do?": "I can add, sort, translate, remember, write JSON and call tools.",
 }
 
-# The animal decides the plot; the hero's name is free. So a story is exactly predictable, and can be scored.
+# The animal decides the plot and the hero's name is free: a story is exactly predictable, and can
+# be scored.
 PLOTS = {
     "fox": ("a forest", "find the moon", "an old owl", "The moon was in the lake"),
     "cat": ("a small house", "catch a star", "a grey mouse", "The star was a lamp"),
@@ -223,18 +270,20 @@ PLOTS = {
     "duck": ("a lake", "fly to the south", "a wild goose", "The south was warm and green"),
 }
 
-FILLER = """The grass is green and the sky is blue.
-The sun is warm and the wind is soft.
-The river runs down to the sea.
-A bird sings in the old tree.
-The road goes over the hill.
-The boat is on the quiet lake.
-Snow lies on the high hills.
-The train comes early every day.
-Here we go, there and back again.
-The bread is on the table.
-The clock on the wall is slow.
-Rain falls on the house and the garden.""".split("\n")
+FILLER = [
+    "The grass is green and the sky is blue.",
+    "The sun is warm and the wind is soft.",
+    "The river runs down to the sea.",
+    "A bird sings in the old tree.",
+    "The road goes over the hill.",
+    "The boat is on the quiet lake.",
+    "Snow lies on the high hills.",
+    "The train comes early every day.",
+    "Here we go, there and back again.",
+    "The bread is on the table.",
+    "The clock on the wall is slow.",
+    "Rain falls on the house and the garden.",
+]
 
 SYSTEM_PROMPTS = [
     "You are a helpful assistant.",

@@ -6,7 +6,6 @@ classes, whole text encodes exactly as the pieces would (`check` proves it on a 
 """
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
@@ -29,6 +28,13 @@ SPECIAL_TOKENS = [
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 PRINTABLE_ASCII = [chr(code) for code in range(33, 127)]
 MAX_POSITIONS = 4096
+ODD_TEXTS = [
+    "one  two   three\n    four\t5",
+    "naïve café, größer, ¿qué?",
+    "日本語 🙂👍🏽 ∑ Ωμέγα",
+    "12+34=46, [x for x in y]",
+    "line\r\nend\n",
+]
 
 # Letters with the space before them; punctuation likewise; one digit; one space.
 PIECE = Regex(r"▁?\p{L}+|▁?[^\p{L}\p{N}\s▁]+|\p{N}|▁|\s")
@@ -72,7 +78,9 @@ def build(corpus: Iterable[str], chat_template: str) -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
     )
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens(
+        [AddedToken(t, normalized=False, special=True) for t in SPECIAL_TOKENS]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",
@@ -85,3 +93,16 @@ def build(corpus: Iterable[str], chat_template: str) -> PreTrainedTokenizerFast:
         model_max_length=MAX_POSITIONS,
         chat_template=chat_template,
     )
+
+
+def check(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> None:
+    """Asserts that whole text encodes as its pieces would, and decodes to itself."""
+    shipped = tokenizer.backend_tokenizer
+    pieces = Tokenizer(shipped.model)
+    pieces.pre_tokenizer = pre_tokenizers.Sequence(
+        [SPACES, pre_tokenizers.Split(PIECE, "isolated")]
+    )
+    for text in texts:
+        ids = shipped.encode(text, add_special_tokens=False).ids
+        assert ids == pieces.encode(text, add_special_tokens=False).ids, text
+        assert shipped.decode(ids) == text, text

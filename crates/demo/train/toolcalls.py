@@ -62,21 +62,27 @@ class Use:
 def draw_use(d: Draw, name: str) -> Use:
     """Draws one use of the named tool. Only arguments are split into train and eval."""
     if name == "get_weather":
-        _, city = d.unseen(lambda: (name, d.choice(tables.CITIES)))
+        asked = ["What is the weather in {}?", "How is the weather in {}?"]
+        question, city = d.unseen(lambda: (d.choice(asked), d.choice(tables.CITIES)))
         degrees, sky = d.randint(2, 35), d.choice(["sunny", "rainy", "cloudy", "windy"])
-        question = d.choice(["What is the weather in {}?", "How is the weather in {}?"])
         answer = f"In {city} it is {degrees} degrees and {sky}."
-        return Use(name, question.format(city), {"city": city}, {"degrees": degrees, "sky": sky}, answer)
+        return Use(
+            name, question.format(city), {"city": city}, {"degrees": degrees, "sky": sky}, answer
+        )
     if name == "get_time":
-        _, city = d.unseen(lambda: (name, d.choice(tables.CITIES)))
+        asked = ["What time is it in {}?", "Tell me the time in {}."]
+        question, city = d.unseen(lambda: (d.choice(asked), d.choice(tables.CITIES)))
         time = f"{d.randint(0, 23):02}:{d.randint(0, 59):02}"
-        question = d.choice(["What time is it in {}?", "Tell me the time in {}."])
-        return Use(name, question.format(city), {"city": city}, {"time": time}, f"It is {time} in {city}.")
+        return Use(
+            name, question.format(city), {"city": city}, {"time": time}, f"It is {time} in {city}."
+        )
     if name == "calculate":
         a, sign, b = d.unseen(lambda: (d.randint(100, 999), d.choice("+-*/"), d.randint(10, 999)))
         expression, value = f"{a} {sign} {b}", d.randint(100, 9999)
         question = d.choice(["What is {}?", "Calculate {}."]).format(expression)
-        return Use(name, question, {"expression": expression}, {"value": value}, f"{expression} = {value}")
+        return Use(
+            name, question, {"expression": expression}, {"value": value}, f"{expression} = {value}"
+        )
     if name == "send_message":
         to, noun, colour = d.unseen(
             lambda: (d.choice(tables.NAMES), d.choice(tables.WORDS), d.choice(tables.COLOURS))
@@ -92,7 +98,10 @@ def draw_use(d: Draw, name: str) -> Use:
         answer = f"The timer is set for {minutes} minutes."
         return Use(name, question.format(minutes), {"minutes": minutes}, {"ok": True}, answer)
     adjective, noun = d.unseen(lambda: (d.choice(tables.COLOURS), d.choice(tables.WORDS)))
-    query, title = f"{adjective} {noun}", f"The {d.choice(tables.WORDS)} of {d.choice(tables.CITIES)}"
+    query, title = (
+        f"{adjective} {noun}",
+        f"The {d.choice(tables.WORDS)} of {d.choice(tables.CITIES)}",
+    )
     question = d.choice(["Search for {}.", "Search the web for {}."]).format(query)
     return Use(name, question, {"query": query}, {"title": title}, f"I found this: {title}")
 
@@ -107,7 +116,7 @@ def tool_call(d: Draw) -> Example:
     """Tools are offered: call the right one, answer without, or refuse if none fits."""
     wanted = d.choice(list(TOOLS))
     use = draw_use(d, wanted)
-    others = d.sample([name for name in TOOLS if name != wanted], d.choice([0, 0, 1, 1, 2]))
+    others = d.sample([name for name in TOOLS if name != wanted], d.choice([0, 0, 0, 1, 1, 2]))
     kind = d.choices(["call", "plain", "missing"], [0.8, 0.12, 0.08])[0]
     if kind == "plain" or (kind == "missing" and wanted not in ("get_weather", "get_time")):
         # An expression is either within the model's reach or a case for the calculator, never both.
@@ -118,7 +127,9 @@ def tool_call(d: Draw) -> Example:
         tools = offer(d, others or ["set_timer"])
         return Example("tools", REFUSAL, [user(use.question)], tools=tools)
     call = json.dumps([{"name": use.name, "arguments": use.arguments}])
-    return Example("tools", call, [user(use.question)], tools=offer(d, [wanted, *others]), is_call=True)
+    return Example(
+        "tools", call, [user(use.question)], tools=offer(d, [wanted, *others]), is_call=True
+    )
 
 
 def tool_answer(d: Draw) -> Example:
@@ -135,7 +146,7 @@ def tool_answer(d: Draw) -> Example:
 
 
 def tools(d: Draw) -> Example:
-    return tool_call(d) if d.random() < 0.6 else tool_answer(d)
+    return tool_call(d) if d.random() < 0.5 else tool_answer(d)
 
 
 def offer(d: Draw, names: list[str]) -> list[dict]:

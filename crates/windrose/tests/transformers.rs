@@ -10,8 +10,14 @@ use model::{MixtralRunner, ModelConfig, ModelFiles, ModelRunner, RunnerOptions, 
 use safetensors::SafeTensors;
 
 /// Largest error of a logit, as a share of its row's standard deviation. We round what feeds a matrix product to
-/// bf16 (relative error 2⁻⁹ each) and `transformers` in f32 does not; a few such roundings in a row stay below this.
-const LOGIT_TOLERANCE: f32 = 0.04;
+/// bf16 (relative error 2⁻⁹ each) and `transformers` in f32 does not; two layers of such roundings stay below this.
+const TINY_TOLERANCE: f32 = 0.04;
+/// The same for the four layers of the demo model, where moreover an earlier token may have gone to another of two
+/// experts that were as good as equal.
+const DEMO_TOLERANCE: f32 = 0.15;
+/// A position whose own experts were chosen by less than this many standard deviations of the router's logits may
+/// rightly go to others; its logits are not compared, its token still is.
+const MIN_ROUTER_GAP: f32 = 0.01;
 const NUM_PROMPTS: usize = 8;
 const NUM_GREEDY: usize = 64;
 const LOGITS_EVERY: usize = 8;
@@ -34,6 +40,8 @@ struct Expected {
     greedy: Vec<u32>,
     /// Rows of logits before generated tokens 0, 8, 16 ...
     logits: Vec<Vec<f32>>,
+    /// How clearly the experts at those positions were chosen.
+    router_gaps: Vec<f32>,
 }
 
 fn fixture(name: &str) -> PathBuf {
@@ -46,13 +54,15 @@ fn read_expected(name: &str) -> Vec<Expected> {
     let words =
         |name: String| -> Vec<[u8; 4]> { tensors.tensor(&name).unwrap().data().as_chunks().0.to_vec() };
     let tokens = |name: String| words(name).into_iter().map(u32::from_le_bytes).collect::<Vec<_>>();
+    let floats = |name: String| words(name).into_iter().map(f32::from_le_bytes).collect::<Vec<_>>();
     let read = |index: usize| {
-        let logits: Vec<f32> = words(format!("{index}.logits")).into_iter().map(f32::from_le_bytes).collect();
+        let logits = floats(format!("{index}.logits"));
         let vocab = logits.len() / (NUM_GREEDY / LOGITS_EVERY);
         Expected {
             prompt: tokens(format!("{index}.prompt")),
             greedy: tokens(format!("{index}.greedy")),
             logits: logits.chunks_exact(vocab).map(<[f32]>::to_vec).collect(),
+            router_gaps: floats(format!("{index}.router_gaps")),
         }
     };
     (0..NUM_PROMPTS).map(read).collect()
@@ -79,8 +89,9 @@ fn argmax(row: &[f32]) -> u32 {
     (0..row.len()).reduce(|best, i| if row[i] > row[best] { i } else { best }).unwrap() as u32
 }
 
-/// Feeds the prompt and its greedy continuation at once and compares every position.
-fn check_logits<B: Backend>(name: &str, runner: &mut MixtralRunner<B>, expected: &Expected) -> f32 {
+/// Feeds the prompt and its greedy continuation at once and compares every token; returns the errors of the logits
+/// at the recorded positions whose experts were chosen clearly.
+fn check_logits<B: Backend>(name: &str, runner: &mut MixtralRunner<B>, expected: &Expected) -> Vec<f32> {
     let tokens: Vec<u32> =
         expected.prompt.iter().chain(&expected.greedy[..NUM_GREEDY - 1]).copied().collect();
     let mut batch = Batch::new();
@@ -91,8 +102,9 @@ fn check_logits<B: Backend>(name: &str, runner: &mut MixtralRunner<B>, expected:
 
     let greedy: Vec<u32> = rows.iter().map(|row| argmax(row)).collect();
     assert_eq!(greedy, expected.greedy, "{name}: greedy tokens, all at once");
-    let pairs = rows.iter().step_by(LOGITS_EVERY).zip(&expected.logits);
-    pairs.map(|(got, expected)| relative_error(got, expected)).fold(0.0, f32::max)
+    let pairs = rows.iter().step_by(LOGITS_EVERY).zip(&expected.logits).zip(&expected.router_gaps);
+    let clear = pairs.filter(|&(_, &gap)| gap >= MIN_ROUTER_GAP);
+    clear.map(|((got, expected), _)| relative_error(got, expected)).collect()
 }
 
 /// The largest difference, in standard deviations of the expected row.
@@ -131,16 +143,19 @@ fn check_generation<B: Backend>(name: &str, runner: &mut MixtralRunner<B>, expec
     assert_eq!(generated, expected.greedy, "{name}: greedy tokens, one by one");
 }
 
-fn check<B: Backend>(name: &str, backend: B, files: &ModelFiles) {
+fn check<B: Backend>(name: &str, backend: B, files: &ModelFiles, tolerance: f32) {
     let described = format!("{name} on {}", backend.describe());
     let mut runner = load(backend, files);
-    let mut worst = 0f32;
+    let mut errors = Vec::new();
     for expected in read_expected(name) {
-        worst = worst.max(check_logits(&described, &mut runner, &expected));
+        errors.extend(check_logits(&described, &mut runner, &expected));
         check_generation(&described, &mut runner, &expected);
     }
-    println!("{described}: largest logit error {worst:.4} standard deviations");
-    assert!(worst <= LOGIT_TOLERANCE, "{described}: logits are {worst} standard deviations off");
+    let num_recorded = NUM_PROMPTS * NUM_GREEDY / LOGITS_EVERY;
+    let worst = errors.iter().copied().fold(0.0, f32::max);
+    println!("{described}: logits at most {worst:.4} deviations off at {} of {num_recorded} positions", errors.len());
+    assert!(errors.len() * 4 >= num_recorded * 3, "{described}: most positions were to be compared");
+    assert!(worst <= tolerance, "{described}: logits are {worst} standard deviations off");
 }
 
 fn cpu_backends() -> Vec<Cpu> {
@@ -151,7 +166,7 @@ fn cpu_backends() -> Vec<Cpu> {
 #[test]
 fn tiny_models_of_every_shape_match_on_the_reference() {
     for name in TINY_MODELS {
-        check(name, Reference::new(), &ModelFiles::open(&fixture(name)).unwrap());
+        check(name, Reference::new(), &ModelFiles::open(&fixture(name)).unwrap(), TINY_TOLERANCE);
     }
 }
 
@@ -159,7 +174,7 @@ fn tiny_models_of_every_shape_match_on_the_reference() {
 fn tiny_models_of_every_shape_match_on_the_cpu() {
     for name in TINY_MODELS {
         for backend in cpu_backends() {
-            check(name, backend, &ModelFiles::open(&fixture(name)).unwrap());
+            check(name, backend, &ModelFiles::open(&fixture(name)).unwrap(), TINY_TOLERANCE);
         }
     }
 }
@@ -167,8 +182,8 @@ fn tiny_models_of_every_shape_match_on_the_cpu() {
 #[test]
 fn the_demo_model_matches_on_both() {
     let files = ModelFiles::Embedded(demo::files());
-    check("demo", Reference::new(), &files);
+    check("demo", Reference::new(), &files, DEMO_TOLERANCE);
     for backend in cpu_backends() {
-        check("demo", backend, &files);
+        check("demo", backend, &files, DEMO_TOLERANCE);
     }
 }
