@@ -14,7 +14,7 @@
 /// The tokens of one step, token-major, sequences one after another.
 ///
 /// All lengths are in tokens. The padding block of the cache is block 0; no sequence owns it.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub struct Batch {
     /// `[num_tokens]` token ids.
     pub token_ids: Vec<u32>,
@@ -32,6 +32,26 @@ pub struct Batch {
     pub block_table_start_loc: Vec<u32>,
     /// `[num_logits]` indices of the tokens whose logits are wanted, ascending.
     pub logits_indices: Vec<u32>,
+}
+
+impl Clone for Batch {
+    fn clone(&self) -> Self {
+        let mut batch = Self::default();
+        batch.clone_from(self);
+        batch
+    }
+
+    /// Keeps this batch's allocations, so that a backend can take over a step's batch without making any.
+    fn clone_from(&mut self, source: &Self) {
+        self.token_ids.clone_from(&source.token_ids);
+        self.positions.clone_from(&source.positions);
+        self.slot_mapping.clone_from(&source.slot_mapping);
+        self.query_start_loc.clone_from(&source.query_start_loc);
+        self.seq_lens.clone_from(&source.seq_lens);
+        self.block_tables.clone_from(&source.block_tables);
+        self.block_table_start_loc.clone_from(&source.block_table_start_loc);
+        self.logits_indices.clone_from(&source.logits_indices);
+    }
 }
 
 /// The sizes that shape a step's launches, and nothing else about it.

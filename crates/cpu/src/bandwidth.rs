@@ -2,9 +2,9 @@
 
 use std::time::Instant;
 
+use crate::Cpu;
 use crate::isa::Kernel;
 use crate::simd::Simd;
-use crate::{Cpu, Isa};
 
 /// Bytes that one task reads, the order of what a task of a matrix product reads.
 const TASK_BYTES: usize = 1 << 18;
@@ -16,7 +16,7 @@ impl Cpu {
     ///
     /// Only data much larger than the caches, and not all zeros, measures the memory.
     pub fn read_bandwidth(&mut self, data: &[u8]) -> f64 {
-        let isa: Isa = self.isa;
+        let isa = self.isa;
         let start = Instant::now();
         self.team.run(data.len().div_ceil(TASK_BYTES), |task| {
             let first = task * TASK_BYTES;

@@ -12,18 +12,13 @@
 //! ```
 //!
 //! So a pair's result depends on the two rows and the instruction set alone, bit for bit: not on the tile that
-//! it fell in, nor on the rows beside it.
-//!
-//! A few tokens are one tile wide: memory is the limit, and every weight row is read in one go. With more of
-//! them arithmetic is, and K is cut into blocks: a block of the activations is unpacked into the L1 cache
-//! once, and the weight rows stream past it while accumulators wait in between, unrounded. Unpacked rows are
-//! contiguous; rows of activations, like rows of weights, are usually a multiple of 4 KiB apart, and a dozen of
-//! them would fight over the same eight ways of the cache.
-//!
-//! This file does not know where rows come from or where sums go.
-#![expect(clippy::needless_range_loop, reason = "tiles are arrays of known size, indexed by row and token")]
+//! it fell in, nor on the rows beside it. With few tokens memory is the limit and weights are [`streamed`];
+//! with many arithmetic is, and the product is [`blocked`]. This file does not know where rows come from or
+//! where sums go.
 
-use std::ops::Range;
+mod blocked;
+mod streamed;
+mod tile;
 
 use half::bf16;
 
@@ -33,19 +28,39 @@ use crate::simd::Simd;
 pub(crate) const MAX_ROWS: usize = 32;
 /// Most activation rows of one call.
 pub(crate) const MAX_TOKENS: usize = 8;
-/// Most weight rows of a tile.
-pub(crate) const TILE_ROWS: usize = 4;
-/// Tokens of a full tile when there are many.
-const TILE_TOKENS: usize = 4;
-/// Steps of K in a block: 16 KiB of activations at 64 bytes per step and token, half of an L1 cache.
-const BLOCK_STEPS: usize = 16;
-/// Elements of a cache line.
-const LINE: usize = 32;
+/// Most weight rows, and most tokens, of a tile.
+pub(crate) const MAX_TILE: usize = 4;
 
-const _: () = assert!(MAX_ROWS.is_multiple_of(TILE_ROWS));
+const _: () = assert!(MAX_ROWS.is_multiple_of(MAX_TILE) && MAX_TOKENS.is_multiple_of(MAX_TILE));
 
 /// The sums of one call, `[token][weight row]`.
 pub(crate) type Sums = [[f32; MAX_ROWS]; MAX_TOKENS];
+
+/// Weight rows of one call.
+pub(crate) type WeightRows<'a> = RowList<'a, MAX_ROWS>;
+/// Activation rows of one call.
+pub(crate) type TokenRows<'a> = RowList<'a, MAX_TOKENS>;
+
+/// Computes `sums[t][r] = w[r] · x[t]` for all rows given.
+///
+/// # Panics
+/// If the rows are not all of one length.
+#[inline(always)]
+pub(crate) fn dot_rows<S: Simd>(simd: S, w: &WeightRows<'_>, x: &TokenRows<'_>, sums: &mut Sums) {
+    let len = w.first().map_or(0, |row| row.len());
+    assert!(w.iter().chain(x.iter()).all(|row| row.len() == len), "rows of a product have one length");
+    match (x.len(), S::TILE_ROWS) {
+        (0, _) => {}
+        (1, _) => streamed::dot_rows::<S, 4, 1>(simd, w, x, sums),
+        (2, _) => streamed::dot_rows::<S, 4, 2>(simd, w, x, sums),
+        (3, 4) => streamed::dot_rows::<S, 4, 3>(simd, w, x, sums),
+        (3, _) => streamed::dot_rows::<S, 2, 3>(simd, w, x, sums),
+        (4, 4) => streamed::dot_rows::<S, 4, 4>(simd, w, x, sums),
+        (4, _) => streamed::dot_rows::<S, 2, 4>(simd, w, x, sums),
+        (_, 4) => blocked::dot_rows::<S, 4>(simd, w, x, sums),
+        (_, _) => blocked::dot_rows::<S, 2>(simd, w, x, sums),
+    }
+}
 
 /// Up to `N` rows, borrowed from wherever they lie.
 #[derive(Clone, Copy)]
@@ -79,257 +94,87 @@ impl<'a, const N: usize> std::ops::Deref for RowList<'a, N> {
     }
 }
 
-/// Weight rows of one call.
-pub(crate) type WeightRows<'a> = RowList<'a, MAX_ROWS>;
-/// Activation rows of one call.
-pub(crate) type TokenRows<'a> = RowList<'a, MAX_TOKENS>;
+#[cfg(test)]
+mod tests {
+    use backend::dummy_value;
 
-/// Computes `sums[t][r] = w[r] · x[t]` for all rows given.
-///
-/// # Panics
-/// If the rows are not all of one length.
-#[inline(always)]
-pub(crate) fn dot_rows<S: Simd>(simd: S, w: &WeightRows<'_>, x: &TokenRows<'_>, sums: &mut Sums) {
-    let len = w.first().map_or(0, |row| row.len());
-    assert!(w.iter().chain(x.iter()).all(|row| row.len() == len), "rows of a product have one length");
-    match (x.len(), S::TILE_ROWS) {
-        (0, _) => {}
-        (1, _) => few_tokens::<S, 4, 1>(simd, w, x, sums),
-        (2, _) => few_tokens::<S, 4, 2>(simd, w, x, sums),
-        (3, 4..) => few_tokens::<S, 4, 3>(simd, w, x, sums),
-        (3, _) => few_tokens::<S, 2, 3>(simd, w, x, sums),
-        (4, 4..) => few_tokens::<S, 4, 4>(simd, w, x, sums),
-        (4, _) => few_tokens::<S, 2, 4>(simd, w, x, sums),
-        (_, 4..) => many_tokens::<S, 4>(simd, w, x, sums),
-        (_, _) => many_tokens::<S, 2>(simd, w, x, sums),
+    use super::*;
+    use crate::isa::{Isa, Kernel};
+
+    struct DotRows<'a> {
+        w: WeightRows<'a>,
+        x: TokenRows<'a>,
+        sums: &'a mut Sums,
     }
-}
 
-/// The accumulators of a tile of `R` weight rows and `T` tokens.
-type TileSums<S, const R: usize, const T: usize> = [[<S as Simd>::Accumulator; R]; T];
-
-/// Multiplies exactly `T` tokens in tiles of `R` weight rows, every row in one go.
-#[inline(always)]
-fn few_tokens<S: Simd, const R: usize, const T: usize>(
-    simd: S,
-    w: &[&[bf16]],
-    x: &[&[bf16]],
-    sums: &mut Sums,
-) {
-    let mut row = 0;
-    while row < w.len() {
-        row += match row + R <= w.len() {
-            true => few_tokens_tile::<S, R, T>(simd, w, row, x, sums),
-            false => few_tokens_tile::<S, 1, T>(simd, w, row, x, sums),
-        };
-    }
-}
-
-/// Multiplies `R` weight rows, from `row` on, and `T` tokens; `R`.
-#[inline(always)]
-fn few_tokens_tile<S: Simd, const R: usize, const T: usize>(
-    simd: S,
-    w: &[&[bf16]],
-    row: usize,
-    x: &[&[bf16]],
-    sums: &mut Sums,
-) -> usize {
-    simd.call(
+    impl Kernel for DotRows<'_> {
         #[inline(always)]
-        || {
-            let len = w[row].len();
-            let w = cut::<R>(&w[row..], 0..len);
-            let x = cut::<T>(x, 0..len);
-            let tile = walk(
-                simd,
-                w,
-                [[simd.zero(); R]; T],
-                #[inline(always)]
-                // SAFETY: `walk` asks for whole steps of `len` elements, and all rows of `x` have as many.
-                |step, t| unsafe { simd.load(x[t].as_ptr().add(step * S::STEP)) },
-                #[inline(always)]
-                |t| simd.load_partial(&x[t][len - len % S::STEP..]),
-            );
-            for t in 0..T {
-                for r in 0..R {
-                    sums[t][row + r] = simd.sum(tile[t][r]);
+        fn run<S: Simd>(self, simd: S) {
+            dot_rows(simd, &self.w, &self.x, self.sums);
+        }
+    }
+
+    fn run(isa: Isa, w: &[Vec<bf16>], x: &[Vec<bf16>]) -> Sums {
+        let mut sums = [[f32::NAN; MAX_ROWS]; MAX_TOKENS];
+        let w = WeightRows::new(w.iter().map(Vec::as_slice));
+        let x = TokenRows::new(x.iter().map(Vec::as_slice));
+        isa.run(DotRows { w, x, sums: &mut sums });
+        sums
+    }
+
+    fn rows(seed: usize, count: usize, len: usize) -> Vec<Vec<bf16>> {
+        let row = |row| (0..len as u64).map(|i| dummy_value((seed + row) as u64, i, 0.1, 1.0)).collect();
+        (0..count).map(row).collect()
+    }
+
+    fn exact(w: &[bf16], x: &[bf16]) -> f64 {
+        w.iter().zip(x).map(|(w, x)| w.to_f64() * x.to_f64()).sum()
+    }
+
+    fn available() -> impl Iterator<Item = Isa> {
+        Isa::ALL.into_iter().filter(|isa| isa.is_available())
+    }
+
+    /// Rows of all lengths in tiles of all shapes: close to f64, and the bits of the pair alone.
+    #[test]
+    fn a_pair_has_the_same_bits_in_every_tile() {
+        for len in [1, 7, 8, 9, 16, 31, 32, 33, 100, 511, 512, 513, 1024, 1337, 2050] {
+            let (w, x) = (rows(len, MAX_ROWS, len), rows(len + 100, MAX_TOKENS, len));
+            for isa in available() {
+                let alone = |r: usize, t: usize| run(isa, &w[r..=r], &x[t..=t])[0][0];
+                let expected: Vec<Vec<f32>> =
+                    (0..MAX_TOKENS).map(|t| (0..MAX_ROWS).map(|r| alone(r, t)).collect()).collect();
+                for (num_rows, num_tokens) in
+                    (1..=9).chain([MAX_ROWS]).flat_map(|r| (1..=8).map(move |t| (r, t)))
+                {
+                    let sums = run(isa, &w[..num_rows], &x[..num_tokens]);
+                    for t in 0..num_tokens {
+                        let case = format!("{} {num_rows} x {num_tokens}, length {len}", isa.name());
+                        assert_eq!(sums[t][..num_rows], expected[t][..num_rows], "{case}, token {t}");
+                    }
+                }
+                for (t, sums) in expected.iter().enumerate() {
+                    for (r, sum) in sums.iter().enumerate() {
+                        let error = (f64::from(*sum) - exact(&w[r], &x[t])).abs();
+                        assert!(error < 1e-5 * len as f64, "{} length {len}: {error}", isa.name());
+                    }
                 }
             }
-        },
-    );
-    R
-}
-
-/// A block of the activations, `[step][token]`.
-type Unpacked<S> = [[<S as Simd>::Elements; MAX_TOKENS]; BLOCK_STEPS];
-/// The accumulators of all pairs, `[token][weight row]`.
-type Accumulators<S> = [[<S as Simd>::Accumulator; MAX_ROWS]; MAX_TOKENS];
-
-/// Multiplies many tokens in blocks of K, in tiles of `R` weight rows.
-#[inline(always)]
-fn many_tokens<S: Simd, const R: usize>(simd: S, w: &[&[bf16]], x: &[&[bf16]], sums: &mut Sums) {
-    let len = x[0].len();
-    let mut unpacked: Unpacked<S> = [[simd.load_partial(&[]); MAX_TOKENS]; BLOCK_STEPS];
-    let mut accumulators: Accumulators<S> = [[simd.zero(); MAX_ROWS]; MAX_TOKENS];
-    let mut start = 0;
-    while start < len {
-        let k = start..len.min(start + BLOCK_STEPS * S::STEP);
-        let next_k = k.end..len.min(k.end + BLOCK_STEPS * S::STEP);
-        unpack(simd, x, k.clone(), &mut unpacked);
-        let mut row = 0;
-        while row < w.len() {
-            // What comes next is asked for while this is multiplied: weights, and a token's next block.
-            w[row..].iter().skip(R).take(R).for_each(|next| prefetch(simd, &next[k.clone()]));
-            x.get(row / R).into_iter().for_each(|next| prefetch(simd, &next[next_k.clone()]));
-            row += match row + R <= w.len() {
-                true => {
-                    many_tokens_rows::<S, R>(simd, w, row, k.clone(), &unpacked, x.len(), &mut accumulators)
-                }
-                false => {
-                    many_tokens_rows::<S, 1>(simd, w, row, k.clone(), &unpacked, x.len(), &mut accumulators)
-                }
-            };
-        }
-        start = k.end;
-    }
-    for t in 0..x.len() {
-        for r in 0..w.len() {
-            sums[t][r] = simd.sum(accumulators[t][r]);
         }
     }
-}
 
-/// Loads the steps of elements `k` of all tokens, the last padded with zeros.
-#[inline(always)]
-fn unpack<S: Simd>(simd: S, x: &[&[bf16]], k: Range<usize>, unpacked: &mut Unpacked<S>) {
-    for (token, row) in x.iter().enumerate() {
-        let mut rest = &row[k.clone()];
-        for step in unpacked.iter_mut() {
-            if rest.len() < S::STEP {
-                step[token] = simd.load_partial(rest);
-                break;
-            }
-            // SAFETY: `rest` has at least `STEP` elements.
-            step[token] = unsafe { simd.load(rest.as_ptr()) };
-            rest = &rest[S::STEP..];
+    /// The model's order of additions is the documented one of `vdpbf16ps`, so the bits should agree; the
+    /// promise is only that the values do.
+    #[test]
+    fn avx512_agrees_with_its_software_model() {
+        if !Isa::Avx512Bf16.is_available() {
+            println!("skipped: this machine has no {}", Isa::Avx512Bf16.name());
+            return;
         }
+        let (w, x) = (rows(1, MAX_ROWS, 1000), rows(2, MAX_TOKENS, 1000));
+        let [model, real] = [Isa::Portable, Isa::Avx512Bf16].map(|isa| run(isa, &w, &x));
+        let pairs = || model.iter().flatten().zip(real.iter().flatten());
+        assert!(pairs().all(|(model, real)| (model - real).abs() < 1e-3), "{model:?} is not {real:?}");
+        println!("{} of {} sums agree to the bit", pairs().filter(|(a, b)| a == b).count(), pairs().count());
     }
-}
-
-/// Walks `R` weight rows, from `row` on, and all tokens along the block of elements `k`; `R`.
-#[inline(always)]
-fn many_tokens_rows<S: Simd, const R: usize>(
-    simd: S,
-    w: &[&[bf16]],
-    row: usize,
-    k: Range<usize>,
-    unpacked: &Unpacked<S>,
-    num_tokens: usize,
-    accumulators: &mut Accumulators<S>,
-) -> usize {
-    let w = cut::<R>(&w[row..], k);
-    let mut token = 0;
-    while token < num_tokens {
-        token += match num_tokens - token {
-            1 => many_tokens_tile::<S, R, 1>(simd, w, row, unpacked, token, accumulators),
-            2 | 3 => many_tokens_tile::<S, R, 2>(simd, w, row, unpacked, token, accumulators),
-            _ => many_tokens_tile::<S, R, TILE_TOKENS>(simd, w, row, unpacked, token, accumulators),
-        };
-    }
-    R
-}
-
-/// Walks `R` weight rows and `T` tokens, from `token` on, along a block; `T`.
-#[inline(always)]
-fn many_tokens_tile<S: Simd, const R: usize, const T: usize>(
-    simd: S,
-    w: [&[bf16]; R],
-    row: usize,
-    unpacked: &Unpacked<S>,
-    token: usize,
-    accumulators: &mut Accumulators<S>,
-) -> usize {
-    simd.call(
-        #[inline(always)]
-        || {
-            let rest_step = w[0].len() / S::STEP;
-            assert!(rest_step <= BLOCK_STEPS);
-            let mut tile = [[simd.zero(); R]; T];
-            for t in 0..T {
-                tile[t].copy_from_slice(&accumulators[token + t][row..row + R]);
-            }
-            let tile = walk(
-                simd,
-                w,
-                tile,
-                #[inline(always)]
-                |step, t| unpacked[step][token + t],
-                #[inline(always)]
-                |t| unpacked[rest_step][token + t],
-            );
-            for t in 0..T {
-                accumulators[token + t][row..row + R].copy_from_slice(&tile[t]);
-            }
-        },
-    );
-    T
-}
-
-/// Walks the pairs of a tile along all of `w`, whose rows are of one length.
-///
-/// `x(step, t)` is a whole step of token `t`, `x_rest(t)` what is left of it after the last whole step.
-#[inline(always)]
-fn walk<S: Simd, const R: usize, const T: usize>(
-    simd: S,
-    w: [&[bf16]; R],
-    mut sums: TileSums<S, R, T>,
-    x: impl Fn(usize, usize) -> S::Elements,
-    x_rest: impl Fn(usize) -> S::Elements,
-) -> TileSums<S, R, T> {
-    let len = w[0].len();
-    assert!(w.iter().all(|row| row.len() == len));
-    let num_steps = len / S::STEP;
-    // SAFETY: every row has `len` elements, and each caller below asks for one of its whole steps.
-    let weights = |step: usize, r: usize| unsafe { simd.load(w[r].as_ptr().add(step * S::STEP)) };
-    // The shorter side of the tile waits in registers while the longer passes by.
-    let mut held = [simd.load_partial(&[]); TILE_ROWS];
-    for step in 0..num_steps {
-        if R <= T {
-            (0..R).for_each(|r| held[r] = weights(step, r));
-            for t in 0..T {
-                let token = x(step, t);
-                (0..R).for_each(|r| sums[t][r] = simd.dot(sums[t][r], held[r], token));
-            }
-        } else {
-            (0..T).for_each(|t| held[t] = x(step, t));
-            for r in 0..R {
-                let weights = weights(step, r);
-                (0..T).for_each(|t| sums[t][r] = simd.dot(sums[t][r], weights, held[t]));
-            }
-        }
-    }
-    if num_steps * S::STEP < len {
-        for r in 0..R {
-            let weights = simd.load_partial(&w[r][num_steps * S::STEP..]);
-            for t in 0..T {
-                sums[t][r] = simd.dot(sums[t][r], weights, x_rest(t));
-            }
-        }
-    }
-    sums
-}
-
-/// Elements `k` of the first `N` rows.
-#[inline(always)]
-fn cut<'a, const N: usize>(rows: &[&'a [bf16]], k: Range<usize>) -> [&'a [bf16]; N] {
-    let mut cut: [&[bf16]; N] = [&[]; N];
-    for i in 0..N {
-        cut[i] = &rows[i][k.clone()];
-    }
-    cut
-}
-
-#[inline(always)]
-fn prefetch<S: Simd>(simd: S, row: &[bf16]) {
-    row.iter().step_by(LINE).for_each(|element| simd.prefetch(element));
 }

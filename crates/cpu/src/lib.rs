@@ -89,7 +89,7 @@ impl Cpu {
 
     /// Columns of a band, so that every thread gets several: at most `max`, a multiple of the dot tile's rows.
     fn band_cols(&self, cols: usize, max: usize) -> usize {
-        (cols / (4 * self.team.num_threads())).next_multiple_of(dot::TILE_ROWS).clamp(dot::TILE_ROWS, max)
+        (cols / (4 * self.team.num_threads())).next_multiple_of(dot::MAX_TILE).clamp(dot::MAX_TILE, max)
     }
 
     /// Rows of a band, so that every thread gets several, but each band is worth waking a thread for.

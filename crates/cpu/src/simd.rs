@@ -4,8 +4,8 @@
 //! An accumulator is a vector of f32 lanes. Step `k` adds the products of elements `k .. k + STEP` of two rows
 //! to the lanes; which element goes to which lane, and in which order a lane adds, is fixed per instruction
 //! set. A product of two bf16 values is exact in f32 (8 + 8 bits fit in 24), so a fused multiply-add and a
-//! multiplication followed by an addition round alike, and the portable model agrees with `vdpbf16ps` but for
-//! subnormal numbers, which that instruction flushes to zero.
+//! multiplication followed by an addition round alike, and the portable model follows the documented steps of
+//! `vdpbf16ps`, but for subnormal numbers, which that instruction flushes to zero.
 //!
 //! ```text
 //! row       e0 e1 e2 e3 e4 e5 ...           a 32-bit lane holds two neighbours: even low, odd high
@@ -65,7 +65,7 @@ pub(crate) trait Simd: Copy {
     /// A hot loop gets all registers to itself, and one copy of it serves every kernel.
     fn call(self, f: impl FnOnce());
 
-    /// Asks for the cache line of an element that will be loaded soon.
+    /// Asks for the cache line of an element that will be loaded soon, into the L2 cache.
     #[inline(always)]
     fn prefetch(self, _: &bf16) {}
 

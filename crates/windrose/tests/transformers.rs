@@ -153,7 +153,10 @@ fn check<B: Backend>(name: &str, backend: B, files: &ModelFiles, tolerance: f32)
     }
     let num_recorded = NUM_PROMPTS * NUM_GREEDY / LOGITS_EVERY;
     let worst = errors.iter().copied().fold(0.0, f32::max);
-    println!("{described}: logits at most {worst:.4} deviations off at {} of {num_recorded} positions", errors.len());
+    println!(
+        "{described}: logits at most {worst:.4} deviations off at {} of {num_recorded} positions",
+        errors.len()
+    );
     assert!(errors.len() * 4 >= num_recorded * 3, "{described}: most positions were to be compared");
     assert!(worst <= tolerance, "{described}: logits are {worst} standard deviations off");
 }

@@ -1,0 +1,60 @@
+//! Few tokens, one tile wide: every weight row is read from memory in one go, and the tokens, which are read
+//! again for every tile of weights, stay in the caches.
+
+use half::bf16;
+
+use super::Sums;
+use super::tile::{cut, walk};
+use crate::simd::Simd;
+
+/// Multiplies exactly `T` tokens in tiles of `R` weight rows.
+#[inline(always)]
+pub(super) fn dot_rows<S: Simd, const R: usize, const T: usize>(
+    simd: S,
+    w: &[&[bf16]],
+    x: &[&[bf16]],
+    sums: &mut Sums,
+) {
+    assert_eq!(x.len(), T);
+    let mut row = 0;
+    while row + R <= w.len() {
+        dot_tile::<S, R, T>(simd, w, row, x, sums);
+        row += R;
+    }
+    while row < w.len() {
+        dot_tile::<S, 1, T>(simd, w, row, x, sums);
+        row += 1;
+    }
+}
+
+/// Multiplies `T` tokens with `R` weight rows, from `row` on.
+#[inline(always)]
+fn dot_tile<S: Simd, const R: usize, const T: usize>(
+    simd: S,
+    w: &[&[bf16]],
+    row: usize,
+    x: &[&[bf16]],
+    sums: &mut Sums,
+) {
+    simd.call(
+        #[inline(always)]
+        || {
+            let len = w[row].len();
+            let w = cut::<R>(&w[row..], 0..len);
+            let x = cut::<T>(x, 0..len);
+            let tile = walk(
+                simd,
+                w,
+                [[simd.zero(); R]; T],
+                #[inline(always)]
+                // SAFETY: `walk` asks for whole steps of `len` elements, and all rows of `x` have as many.
+                |step, t| unsafe { simd.load(x[t].as_ptr().add(step * S::STEP)) },
+                #[inline(always)]
+                |t| simd.load_partial(&x[t][len - len % S::STEP..]),
+            );
+            for (sums, tile) in sums.iter_mut().zip(&tile) {
+                sums[row..].iter_mut().zip(tile).for_each(|(sum, &pair)| *sum = simd.sum(pair));
+            }
+        },
+    );
+}
