@@ -55,10 +55,10 @@ fn requests(vocab: u32, seed: u64) -> Vec<Request> {
     let request = |index: u64| {
         let shared = (0..14).map(|i| token(seed ^ i));
         let own = (0..1 + mix64(seed + index) % 30).map(|i| token(index * 1000 + i));
-        let greedy = index % 2 == 0;
+        let greedy = index.is_multiple_of(2);
         Request {
             id: format!("request-{index}"),
-            prompt: if index % 3 == 0 { own.collect() } else { shared.chain(own).collect() },
+            prompt: if index.is_multiple_of(3) { own.collect() } else { shared.chain(own).collect() },
             num_choices: 1 + (index % 4 == 1) as u32,
             sampling: SampleParams {
                 temperature: if greedy { 0.0 } else { 1.0 },
