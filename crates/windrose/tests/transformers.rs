@@ -14,7 +14,7 @@ use safetensors::SafeTensors;
 const TINY_TOLERANCE: f32 = 0.04;
 /// The same for the four layers of the demo model, where moreover an earlier token may have gone to another of two
 /// experts that were as good as equal.
-const DEMO_TOLERANCE: f32 = 0.15;
+const DEMO_TOLERANCE: f32 = 0.25;
 /// A position whose own experts were chosen by less than this many standard deviations of the router's logits may
 /// rightly go to others; its logits are not compared, its token still is.
 const MIN_ROUTER_GAP: f32 = 0.01;
