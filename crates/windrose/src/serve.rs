@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use engine::{Clock, Engine, EngineConfig, EngineError, EngineHandle, EngineThread};
+use model::ModelFiles;
 use server::{AppState, Leave, ServerConfig, TextFiles, TextModel};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
@@ -18,6 +19,9 @@ use tracing::warn;
 use crate::fingerprint;
 use crate::load::Model;
 use crate::settings::Settings;
+
+/// The file without which there are no words.
+const TOKENIZER: &str = "tokenizer.json";
 
 /// Runs until a signal, or until the engine fails.
 pub(crate) fn run(settings: &Settings) -> Result<()> {
@@ -57,7 +61,7 @@ pub(crate) fn run(settings: &Settings) -> Result<()> {
 
 /// Loads the model and starts its engine and everything that a server shares.
 pub(crate) fn start(settings: &Settings, model: &Model) -> Result<(AppState, EngineHandle, EngineThread)> {
-    let text = TextModel::new(&text_files(model)?)?;
+    let text = TextModel::new(&text_files(model, settings)?)?;
     let runner = model.load(settings)?;
     let engine_config = EngineConfig {
         max_num_seqs: settings.max_num_seqs,
@@ -92,14 +96,18 @@ fn bind(settings: &Settings) -> Result<TcpListener> {
     Ok(listener)
 }
 
-/// The words of a model, from its files.
-fn text_files(model: &Model) -> Result<TextFiles> {
-    let read = |name: &str| Ok::<_, anyhow::Error>(model.files.read(name)?.map(|contents| contents.to_vec()));
-    let Some(tokenizer_json) = read("tokenizer.json")? else {
-        bail!(
-            "{} is missing: the server needs the model's tokenizer",
-            model.files.display_name("tokenizer.json")
-        );
+/// The words of a model, from its files. Dummy weights say nothing sensible in any words, so without a tokenizer
+/// the demo model's will do, and a configuration alone is enough.
+fn text_files(model: &Model, settings: &Settings) -> Result<TextFiles> {
+    let demo = ModelFiles::Embedded(demo::files());
+    let mut files = &model.files;
+    if files.read(TOKENIZER)?.is_none() && settings.dummy_seed()?.is_some() {
+        warn!("the model has no {TOKENIZER}: the demo model's stands in for it");
+        files = &demo;
+    }
+    let read = |name: &str| Ok::<_, anyhow::Error>(files.read(name)?.map(|contents| contents.to_vec()));
+    let Some(tokenizer_json) = read(TOKENIZER)? else {
+        bail!("{} is missing: the server needs the model's tokenizer", files.display_name(TOKENIZER));
     };
     let chat_template = read("chat_template.jinja")?.map(String::from_utf8).transpose();
     Ok(TextFiles {
