@@ -70,7 +70,7 @@ fn run(matches: &ArgMatches) -> Result<()> {
         Settings::resolve(file.map(PathBuf::as_path), |name| std::env::var(name).ok(), arguments)?;
     match name {
         "serve" => {
-            start_log(&settings, "")?;
+            start_log(&settings, &settings.log)?;
             serve::run(&settings)
         }
         "generate" => {
@@ -90,9 +90,8 @@ fn run(matches: &ArgMatches) -> Result<()> {
 }
 
 /// Logs to standard error, so that standard output has only what was asked for.
-fn start_log(settings: &Settings, default_filter: &str) -> Result<()> {
-    let chosen = if default_filter.is_empty() { &settings.log } else { default_filter };
-    let filter: EnvFilter = chosen.parse().with_context(|| format!("log is \"{chosen}\""))?;
+fn start_log(settings: &Settings, filter: &str) -> Result<()> {
+    let filter: EnvFilter = filter.parse().with_context(|| format!("log is \"{filter}\""))?;
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(stderr);
     match settings.log_format.as_str() {
         "text" => log.with_ansi(stderr().is_terminal()).with_target(false).init(),

@@ -19,7 +19,6 @@ const ENV_PREFIX: &str = "WINDROSE_";
 /// Every key of `config.toml`; what each means is written there.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
 pub(crate) struct Settings {
     pub(crate) model: String,
     pub(crate) served_model_name: String,

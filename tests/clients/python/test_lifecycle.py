@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -37,31 +39,33 @@ def test_an_idle_server_uses_no_processor(start) -> None:
     assert share < 0.01
 
 
+@contextmanager
+def long_stream(server: Server) -> Iterator[Iterator[str]]:
+    """A long answer under way: its events after the first."""
+    body = LONG | {"stream": True}
+    with httpx.stream("POST", server.url + "/v1/chat/completions", json=body, timeout=60) as stream:
+        events = (line for line in stream.iter_lines() if line.startswith("data:"))
+        next(events)
+        yield events
+
+
 def test_sigterm_lets_streams_finish(start) -> None:
     server: Server = start("--drain-grace-s", "0")
-    with httpx.stream(
-        "POST", server.url + "/v1/chat/completions", json=LONG | {"stream": True}, timeout=60
-    ) as stream:
-        lines = stream.iter_lines()
-        next(line for line in lines if line.startswith("data:"))
+    with long_stream(server) as events:
         server.terminate()
-        rest = [line for line in lines if line.startswith("data:")]
+        rest = list(events)
     assert rest[-1] == "data: [DONE]"
     assert '"finish_reason":"length"' in rest[-2].replace(" ", "")
     assert server.process.wait(10) == 0
 
 
-def test_a_draining_server_is_not_ready_and_then_refuses(start) -> None:
+def test_a_leaving_server_is_live_but_not_ready(start) -> None:
     server: Server = start("--drain-grace-s", "1")
-    with httpx.stream(
-        "POST", server.url + "/v1/chat/completions", json=LONG | {"stream": True}, timeout=60
-    ) as stream:
-        lines = stream.iter_lines()
-        next(line for line in lines if line.startswith("data:"))
+    with long_stream(server) as events:
         server.terminate()
         wait_for("readiness off", lambda: server.get("/readyz").status_code == 503)
         assert server.get("/livez").status_code == 200
-        assert [line for line in lines if line.startswith("data:")][-1] == "data: [DONE]"
+        assert list(events)[-1] == "data: [DONE]"
     assert server.process.wait(10) == 0
 
 
