@@ -21,14 +21,12 @@ from skills import Draw, Example, assistant
 PROMPT_WEIGHT = 0.1
 PROMPT_SHARE = 0.25  # of the prompt's tokens enter the loss at all, to spare the output layer
 FILLER_WEIGHT = 0.02
-LENGTHS = [
-    *range(8, 32, 4),
-    *range(32, 96, 8),
-    *range(96, 192, 16),
-    *range(192, 320, 32),
-    *range(320, 512, 64),
-    *range(512, 1024, 128),
-    *range(1024, 2049, 256),
+LENGTHS = [  # finely spaced: padding is computed, a further group costs only a few calls
+    *range(8, 128, 4),
+    *range(128, 256, 8),
+    *range(256, 512, 16),
+    *range(512, 1024, 64),
+    *range(1024, 2049, 128),
 ]
 LENGTH_SKEW = 4  # short passkey prompts are more frequent than long ones
 SHORTEST_FILLER, LONGEST_FILLER = 4, 150  # sentences in a passkey prompt, about nine tokens each
@@ -37,19 +35,19 @@ SHORTEST_FILLER, LONGEST_FILLER = 4, 150  # sentences in a passkey prompt, about
 LATE_FROM = 0.7
 MIXTURES = {
     "arithmetic": (11, 10),
-    "running_sums": (16, 10),
+    "running_sums": (14, 8),
     "facts": (6, 4),
-    "strings": (18, 28),
-    "extract_json": (12, 8),
-    "python": (4, 2),
-    "story": (1.5, 1),
+    "strings": (22, 24),
+    "extract_json": (10, 7),
+    "python": (4, 2.5),
+    "story": (2.5, 2),
     "translate": (6, 5),
     "greeting": (1, 0.7),
-    "memory": (11, 7),
+    "memory": (12, 9),
     "unknown": (3, 2),
-    "running_text": (2, 2.5),
-    "tools": (10, 14),
-    "passkey": (2.5, 6),
+    "running_text": (3, 3),
+    "tools": (16, 18),
+    "passkey": (3, 6),
     "dialogue": (5, 4),  # several short skills in a row
 }
 SHORT_SKILLS = [
