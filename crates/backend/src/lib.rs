@@ -25,5 +25,5 @@ pub use reference::Reference;
 pub use rope::RopeTable;
 pub use routing::Routing;
 pub use sampling::{NonFiniteLogits, SampleParams, SampleRow, Sampled, TokenLogprob};
-pub use verbs::{AttentionShape, Backend, BackendError, DType, ExpertsView, RouteShape};
+pub use verbs::{AttentionShape, Backend, BackendError, DType, ExpertsView, MatrixUse, RouteShape};
 pub use weights::{WeightData, WeightType, WeightView, dummy_value};

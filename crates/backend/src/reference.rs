@@ -8,8 +8,8 @@ use half::bf16;
 
 use crate::sampling::sample_row;
 use crate::{
-    AttentionShape, Backend, BackendError, Batch, DType, ExpertsView, NonFiniteLogits, RopeTable, RouteShape,
-    Routing, SampleRow, Sampled, StepShape, WeightView,
+    AttentionShape, Backend, BackendError, Batch, DType, ExpertsView, MatrixUse, NonFiniteLogits, RopeTable,
+    RouteShape, Routing, SampleRow, Sampled, StepShape, WeightView,
 };
 
 /// Rounds to the nearest bf16, ties to even, and back.
@@ -137,7 +137,7 @@ impl Backend for Reference {
         Ok(view.to_bf16().into_iter().map(bf16::to_f32).collect())
     }
 
-    fn matrix(&mut self, parts: &[WeightView]) -> Result<Matrix, BackendError> {
+    fn matrix(&mut self, parts: &[WeightView], _: MatrixUse) -> Result<Matrix, BackendError> {
         Ok(Matrix::new(parts))
     }
 

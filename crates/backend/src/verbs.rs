@@ -1,7 +1,7 @@
 //! [`Backend`]: the verbs a transformer with routed experts is made of, each specified to the rounding.
 //!
 //! # Numbers
-//! Weights are bf16. The residual stream and everything a reduction produces is f32; whatever feeds a matrix
+//! Weights are bf16, unless the backend was told to quantise those of its products. The residual stream and everything a reduction produces is f32; whatever feeds a matrix
 //! product is rounded to bf16 first (the outputs of `rms_norm`, `attention`, `experts_gate_up`, the queries,
 //! keys and values), because that is what tensor cores and `vdpbf16ps` multiply. Accumulation is f32. A
 //! tensor's [`DType`] says which of the two it holds, and a verb that writes it rounds to it.
@@ -78,6 +78,15 @@ impl AttentionShape {
     }
 }
 
+/// What a matrix is for, which decides in which format a backend may keep it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MatrixUse {
+    /// Its rows are looked up, or it decides to which experts a token goes: kept in bf16, whatever the format.
+    Exact,
+    /// Activations are multiplied with it: kept in the format that the backend was told to use.
+    Product,
+}
+
 /// How many experts a layer has and how many of them a token visits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RouteShape {
@@ -136,7 +145,7 @@ pub trait Backend: Send + 'static {
     fn vector(&mut self, view: &WeightView) -> Result<Self::Vector, BackendError>;
 
     /// Makes one matrix of several stacked along their rows (queries, keys and values become one product).
-    fn matrix(&mut self, parts: &[WeightView]) -> Result<Self::Matrix, BackendError>;
+    fn matrix(&mut self, parts: &[WeightView], purpose: MatrixUse) -> Result<Self::Matrix, BackendError>;
 
     /// Makes the experts of one layer.
     fn experts(&mut self, view: &ExpertsView) -> Result<Self::Experts, BackendError>;
@@ -172,7 +181,7 @@ pub trait Backend: Send + 'static {
         forward(self, shape);
     }
 
-    /// `out[t] = table[token_ids[t]]`, f32.
+    /// `out[t] = table[token_ids[t]]`, f32; `table` was made for [`MatrixUse::Exact`].
     fn embed(&mut self, table: &Self::Matrix, out: &mut Self::Tensor);
 
     /// `x += y`, both f32.
@@ -230,7 +239,7 @@ pub trait Backend: Send + 'static {
 
     /// Routes every token: `Routing::push_token` on the f32 logits `x · routerᵀ`, then `group_by_expert`.
     ///
-    /// `router` is `[num_experts, hidden]`. With `None` the layer is dense: every token goes to expert 0 with
+    /// `router` is `[num_experts, hidden]`, made for [`MatrixUse::Exact`]. With `None` the layer is dense: every token goes to expert 0 with
     /// weight 1.
     fn route(&mut self, x: &Self::Tensor, router: Option<&Self::Matrix>, routing: &mut Self::Routing);
 

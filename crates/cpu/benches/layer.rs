@@ -8,11 +8,11 @@
 use std::time::Instant;
 
 use backend::{
-    AttentionShape, Backend, Batch, DType, ExpertsView, RopeTable, RouteShape, WeightData, WeightType,
-    WeightView, sampling::mix64,
+    AttentionShape, Backend, Batch, DType, ExpertsView, MatrixUse, RopeTable, RouteShape, WeightData,
+    WeightType, WeightView, sampling::mix64,
 };
 use bytes::Bytes;
-use cpu::{Cpu, CpuOptions, Isa};
+use cpu::{Cpu, CpuOptions, Isa, WeightFormat};
 
 const HIDDEN: usize = 4096;
 const FFN: usize = 14336;
@@ -40,11 +40,18 @@ fn main() {
     }
     for isa in isas {
         let all = std::thread::available_parallelism().map_or(1, usize::from);
-        for num_threads in if all > 1 { vec![1, all] } else { vec![1] } {
-            let mut layer =
-                Layer::new(CpuOptions { num_threads: Some(num_threads), isa: Some(isa) }, &weights);
+        let threads = if all > 1 { vec![1, all] } else { vec![1] };
+        let options = threads.into_iter().flat_map(|num_threads| {
+            WeightFormat::ALL.map(|weights| CpuOptions {
+                num_threads: Some(num_threads),
+                isa: Some(isa),
+                weights,
+            })
+        });
+        for options in options {
+            let mut layer = Layer::new(options, &weights);
             println!("{}", layer.cpu.describe());
-            for num_tokens in [1, 2, 8, 32] {
+            for num_tokens in [1, 2, 8, 16, 32] {
                 layer.measure_decode(num_tokens, &weights);
             }
             layer.measure_prefill(MAX_TOKENS);
@@ -66,6 +73,8 @@ fn random_weights() -> Bytes {
 
 /// A layer's weights and the tensors of its nine calls.
 struct Layer {
+    /// Of a weight.
+    bits: f64,
     cpu: Cpu,
     qkv: <Cpu as Backend>::Matrix,
     output: <Cpu as Backend>::Matrix,
@@ -92,9 +101,9 @@ impl Layer {
             let data = WeightData::Stored(rest.split_to(2 * rows * cols));
             WeightView { rows, cols, dtype: WeightType::Bf16, data }
         };
-        let qkv = cpu.matrix(&[view(ATTENTION.qkv_features(), HIDDEN)]).unwrap();
-        let output = cpu.matrix(&[view(HIDDEN, ATTENTION.q_features())]).unwrap();
-        let router = cpu.matrix(&[view(ROUTE.num_experts, HIDDEN)]).unwrap();
+        let qkv = cpu.matrix(&[view(ATTENTION.qkv_features(), HIDDEN)], MatrixUse::Product).unwrap();
+        let output = cpu.matrix(&[view(HIDDEN, ATTENTION.q_features())], MatrixUse::Product).unwrap();
+        let router = cpu.matrix(&[view(ROUTE.num_experts, HIDDEN)], MatrixUse::Exact).unwrap();
         let mut matrices = |rows, cols| (0..ROUTE.num_experts).map(|_| view(rows, cols)).collect();
         let experts = ExpertsView {
             gate: matrices(FFN, HIDDEN),
@@ -105,6 +114,7 @@ impl Layer {
         let norm = WeightView { rows: 1, cols: HIDDEN, dtype: WeightType::Bf16, data: ones };
         let mut tensor = |features, dtype| cpu.tensor(MAX_TOKENS * ROUTE.top_k, features, dtype).unwrap();
         Self {
+            bits: options.weights.bits(),
             residual: tensor(HIDDEN, DType::F32),
             delta: tensor(HIDDEN, DType::F32),
             normed: tensor(HIDDEN, DType::Bf16),
@@ -149,11 +159,12 @@ impl Layer {
     }
 
     /// Bytes of weights that the last step read.
-    fn weight_bytes(&mut self) -> usize {
+    fn weight_bytes(&mut self) -> f64 {
         let routing = self.cpu.read_routing(&self.routing);
         let touched = (0..ROUTE.num_experts).filter(|&e| !routing.expert_range(e).is_empty()).count();
-        let attention = (ATTENTION.qkv_features() + ATTENTION.q_features() + ROUTE.num_experts) * HIDDEN;
-        2 * (attention + touched * 3 * HIDDEN * FFN)
+        let attention = (ATTENTION.qkv_features() + ATTENTION.q_features()) * HIDDEN;
+        let products = (attention + touched * 3 * HIDDEN * FFN) as f64;
+        products * self.bits / 8.0 + (2 * ROUTE.num_experts * HIDDEN) as f64
     }
 
     fn measure_decode(&mut self, num_tokens: usize, weights: &Bytes) {
@@ -168,12 +179,12 @@ impl Layer {
         for _ in 0..REPETITIONS {
             let bandwidth = self.cpu.read_bandwidth(&weights[..1 << 30]);
             let step = self.step(&batch);
-            shares.push(self.weight_bytes() as f64 / step / bandwidth);
+            shares.push(self.weight_bytes() / step / bandwidth);
             bandwidths.push(bandwidth);
             seconds.push(step);
         }
         let [seconds, bandwidth, share] = [seconds, bandwidths, shares].map(median);
-        let bytes = self.weight_bytes() as f64;
+        let bytes = self.weight_bytes();
         println!(
             "  decode {num_tokens:>3} tokens: {:>7.2} ms, {:>5.2} GB, {:>5.1} GB/s, {:>3.0}% of {:.1} GB/s read, {:>5.1} GFLOP/s",
             1e3 * seconds,

@@ -5,7 +5,7 @@
 //! the team, and the sum over a token's experts has a fixed order because one task does all of it:
 //!
 //! ```text
-//!               columns 0..16       16..32        ...        tasks of experts_gate_up
+//!               columns 0..32       32..64        ...        tasks of experts_gate_up
 //! expert 0      rows 0 1 2          rows 0 1 2               gate and up rows of expert 0 × its 3 tokens
 //! expert 1      (no token: its weights are not touched)
 //! expert 2      rows 3 4            rows 3 4                 gate and up rows of expert 2 × its 2 tokens
@@ -14,20 +14,17 @@
 use backend::Routing;
 use half::bf16;
 
-use crate::dot::{MAX_ROWS, MAX_TOKENS, Sums, TokenRows, WeightRows, dot_rows};
+use crate::dot::{MAX_ROWS, MAX_TOKENS, Sums};
 use crate::grid::Tile;
 use crate::isa::Kernel;
 use crate::matrix::Experts;
 use crate::numbers::{Element, silu};
+use crate::operand::Operand;
 use crate::simd::Simd;
-use crate::tensor::Rows;
-
-/// Most columns of a `GateUp` task: their gate and up rows fill one call of [`dot_rows`].
-pub(crate) const GATE_UP_COLS: usize = MAX_ROWS / 2;
 
 /// `act[r] = silu(gate_e · x_t) * (up_e · x_t)` for the columns of one tile.
 pub(crate) struct GateUp<'a> {
-    pub(crate) x: Rows<'a, bf16>,
+    pub(crate) x: Operand<'a>,
     pub(crate) experts: &'a Experts,
     pub(crate) routing: &'a Routing,
     pub(crate) act: Tile<'a, bf16>,
@@ -36,20 +33,18 @@ pub(crate) struct GateUp<'a> {
 impl Kernel for GateUp<'_> {
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
-        let mut sums: Sums = [[0.0; MAX_ROWS]; MAX_TOKENS];
+        let mut gate: Sums = [[0.0; MAX_ROWS]; MAX_TOKENS];
+        let mut up = gate;
         let cols = self.act.cols();
         for expert in 0..self.routing.num_experts() {
             let rows = self.routing.expert_range(expert);
-            let gate = cols.clone().map(|col| self.experts.gate[expert].row(col));
-            let up = cols.clone().map(|col| self.experts.up[expert].row(col));
-            let weights = WeightRows::new(gate.chain(up));
             for first in rows.clone().step_by(MAX_TOKENS) {
                 let group = first..rows.end.min(first + MAX_TOKENS);
-                let token = |row: usize| self.routing.permutation[row] as usize / self.routing.top_k;
-                let x = TokenRows::new(group.clone().map(|row| self.x.row(token(row))));
-                dot_rows(simd, &weights, &x, &mut sums);
-                for (row, sums) in group.zip(&sums) {
-                    let (gate, up) = sums.split_at(cols.len());
+                let tokens =
+                    group.clone().map(|row| self.routing.permutation[row] as usize / self.routing.top_k);
+                self.experts.gate[expert].dot(simd, cols.clone(), self.x, tokens.clone(), &mut gate);
+                self.experts.up[expert].dot(simd, cols.clone(), self.x, tokens, &mut up);
+                for (row, (gate, up)) in group.zip(gate.iter().zip(&up)) {
                     let act = self.act.row(row).iter_mut().zip(gate.iter().zip(up));
                     act.for_each(|(act, (&gate, &up))| *act = Element::from_f32(silu(gate) * up));
                 }
@@ -60,7 +55,7 @@ impl Kernel for GateUp<'_> {
 
 /// `out[t] = Σ_e weight(t, e) · (down_e · act[row(t, e)])` for the columns of one tile.
 pub(crate) struct Down<'a> {
-    pub(crate) act: Rows<'a, bf16>,
+    pub(crate) act: Operand<'a>,
     pub(crate) experts: &'a Experts,
     pub(crate) routing: &'a Routing,
     pub(crate) out: Tile<'a, f32>,
@@ -73,11 +68,9 @@ impl Kernel for Down<'_> {
         self.out.rows().for_each(|token| self.out.row(token).fill(0.0));
         for expert in 0..self.routing.num_experts() {
             let rows = self.routing.expert_range(expert);
-            let weights = WeightRows::new(self.out.cols().map(|col| self.experts.down[expert].row(col)));
             for first in rows.clone().step_by(MAX_TOKENS) {
                 let group = first..rows.end.min(first + MAX_TOKENS);
-                let x = TokenRows::new(group.clone().map(|row| self.act.row(row)));
-                dot_rows(simd, &weights, &x, &mut sums);
+                self.experts.down[expert].dot(simd, self.out.cols(), self.act, group.clone(), &mut sums);
                 for (row, sums) in group.zip(&sums) {
                     let assignment = self.routing.permutation[row] as usize;
                     let weight = self.routing.topk_weights[assignment];

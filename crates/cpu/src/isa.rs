@@ -14,9 +14,9 @@ pub enum Isa {
     Portable,
     /// AArch64: bf16 widened to f32, 4 lanes of fused multiply-add.
     Neon,
-    /// x86-64 with AVX2 and FMA: bf16 widened to f32, 8 lanes of fused multiply-add.
+    /// x86-64 with AVX2, FMA and F16C: bf16 widened to f32, 8 lanes of fused multiply-add.
     Avx2,
-    /// x86-64 with AVX-512 F, BW and BF16: 16 lanes of `vdpbf16ps`.
+    /// x86-64 with AVX-512 F, BW, BF16 and VNNI: 16 lanes of `vdpbf16ps` or `vpdpbusd`.
     Avx512Bf16,
 }
 
@@ -35,13 +35,18 @@ impl Isa {
             Self::Portable => true,
             Self::Neon => cfg!(all(target_arch = "aarch64", target_endian = "little")),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            Self::Avx2 => {
+                is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c")
+            }
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16 => {
                 Self::Avx2.is_available()
                     && is_x86_feature_detected!("avx512f")
                     && is_x86_feature_detected!("avx512bw")
                     && is_x86_feature_detected!("avx512bf16")
+                    && is_x86_feature_detected!("avx512vnni")
             }
             #[cfg(not(target_arch = "x86_64"))]
             Self::Avx2 | Self::Avx512Bf16 => false,
@@ -91,13 +96,13 @@ pub(crate) trait Kernel {
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 fn run_avx2<K: Kernel>(kernel: K) {
     kernel.run(crate::simd::Avx2::new());
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512bf16")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512bf16,avx512vnni")]
 fn run_avx512<K: Kernel>(kernel: K) {
     kernel.run(crate::simd::Avx512Bf16::new());
 }

@@ -1,19 +1,17 @@
 //! Matrix products of activations: a task owns a band of output columns, which is a tile of weight rows, and
 //! multiplies it with all tokens, so every weight row is read from memory once per step.
 
-use half::bf16;
-
-use crate::dot::{MAX_ROWS, MAX_TOKENS, Sums, TokenRows, WeightRows, dot_rows};
+use crate::dot::{MAX_ROWS, MAX_TOKENS, Sums};
 use crate::grid::Tile;
 use crate::isa::Kernel;
 use crate::matrix::Matrix;
 use crate::numbers::Element;
+use crate::operand::Operand;
 use crate::simd::Simd;
-use crate::tensor::Rows;
 
 /// `out[t, o] = Σ_i x[t, i] · weight[o, i]` for the columns of one tile.
 pub(crate) struct Linear<'a, E> {
-    pub(crate) x: Rows<'a, bf16>,
+    pub(crate) x: Operand<'a>,
     pub(crate) weight: &'a Matrix,
     pub(crate) out: Tile<'a, E>,
 }
@@ -22,12 +20,10 @@ impl<E: Element> Kernel for Linear<'_, E> {
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
         let mut sums: Sums = [[0.0; MAX_ROWS]; MAX_TOKENS];
-        let weight_rows = WeightRows::new(self.out.cols().map(|col| self.weight.row(col)));
         let tokens = self.out.rows();
         for first in tokens.clone().step_by(MAX_TOKENS) {
             let group = first..tokens.end.min(first + MAX_TOKENS);
-            let x = TokenRows::new(group.clone().map(|token| self.x.row(token)));
-            dot_rows(simd, &weight_rows, &x, &mut sums);
+            self.weight.dot(simd, self.out.cols(), self.x, group.clone(), &mut sums);
             for (token, sums) in group.zip(&sums) {
                 let out = self.out.row(token).iter_mut().zip(sums);
                 out.for_each(|(out, &sum)| *out = E::from_f32(sum));

@@ -1,8 +1,9 @@
-//! Weight matrices `[out, in]`: bf16 rows that stay where they are whenever they can.
+//! Weight matrices `[out, in]`: bf16 rows that stay where they are whenever they can, or quantised panels.
 //!
 //! A stored bf16 view is kept as the bytes it came in, usually a file mapping, so loading a model copies
 //! nothing and the page cache is its only copy. Views of other types, and dummy weights, are converted once
-//! into memory of our own. Stacked parts stay apart; only row numbers are stacked.
+//! into memory of our own. Stacked parts stay apart; only row numbers are stacked. Quantised matrices are always
+//! in memory of our own, see [`Packed`].
 
 use std::ops::Range;
 
@@ -10,15 +11,38 @@ use backend::{BackendError, ExpertsView, WeightData, WeightType, WeightView, dum
 use bytes::Bytes;
 use half::{bf16, f16};
 
+use crate::dot::{Sums, TokenRows, WeightRows, dot_rows};
 use crate::grid::Grid;
+use crate::isa::Isa;
 use crate::numbers::Element;
+use crate::operand::Operand;
+use crate::packed::{Packed, PackedFormat};
+use crate::simd::Simd;
 use crate::team::Team;
 use crate::tensor::Buffer;
 
+/// In which format the weights of products are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum WeightFormat {
+    /// 16 bits, where they lie if they are stored so.
+    #[default]
+    Bf16,
+    /// 8.5 bits, quantised when loaded.
+    Q8,
+    /// 4.5 bits, quantised when loaded.
+    Q4,
+}
+
 /// A matrix `[out, in]` of one or more parts stacked along their rows.
 pub struct Matrix {
+    rows: usize,
     cols: usize,
-    parts: Vec<Part>,
+    storage: Storage,
+}
+
+enum Storage {
+    Bf16(Vec<Part>),
+    Packed(Packed),
 }
 
 struct Part {
@@ -39,6 +63,29 @@ pub struct Experts {
     pub(crate) down: Vec<Matrix>,
 }
 
+impl WeightFormat {
+    /// All formats, the most precise first.
+    pub const ALL: [Self; 3] = [Self::Bf16, Self::Q8, Self::Q4];
+
+    /// The name in settings and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Bf16 => "bf16",
+            Self::Q8 => "q8",
+            Self::Q4 => "q4",
+        }
+    }
+
+    /// Bits of a weight, its share of a scale included.
+    pub fn bits(self) -> f64 {
+        match self {
+            Self::Bf16 => 16.0,
+            Self::Q8 => 8.5,
+            Self::Q4 => 4.5,
+        }
+    }
+}
+
 impl Matrix {
     /// Makes a matrix of views of one width.
     ///
@@ -47,17 +94,20 @@ impl Matrix {
     ///
     /// # Panics
     /// If the views differ in width or their data is not as long as their shape says; the loader checks both.
-    pub(crate) fn new(views: &[WeightView], team: &mut Team) -> Result<Self, BackendError> {
+    pub(crate) fn new(
+        views: &[WeightView],
+        format: WeightFormat,
+        isa: Isa,
+        team: &mut Team,
+    ) -> Result<Self, BackendError> {
         let cols = views[0].cols;
         assert!(views.iter().all(|view| view.cols == cols), "stacked matrices have one width");
-        let mut parts = Vec::with_capacity(views.len());
-        let mut first_row = 0;
-        for view in views {
-            let rows = first_row..first_row + view.rows;
-            first_row = rows.end;
-            parts.push(Part { rows, elements: Elements::new(view, team)? });
-        }
-        Ok(Self { cols, parts })
+        let storage = match format {
+            WeightFormat::Bf16 => Storage::Bf16(Part::stack(views, team)?),
+            WeightFormat::Q8 => Storage::Packed(Packed::new(PackedFormat::Q8, views, isa, team)?),
+            WeightFormat::Q4 => Storage::Packed(Packed::new(PackedFormat::Q4, views, isa, team)?),
+        };
+        Ok(Self { rows: views.iter().map(|view| view.rows).sum(), cols, storage })
     }
 
     /// Input features.
@@ -67,15 +117,70 @@ impl Matrix {
 
     /// Output features.
     pub(crate) fn rows(&self) -> usize {
-        self.parts.last().map_or(0, |part| part.rows.end)
+        self.rows
+    }
+
+    /// The quantised form, if it has one.
+    pub(crate) fn packed(&self) -> Option<&Packed> {
+        match &self.storage {
+            Storage::Bf16(_) => None,
+            Storage::Packed(packed) => Some(packed),
+        }
     }
 
     /// One row.
+    ///
+    /// # Panics
+    /// If the matrix is quantised.
     #[inline(always)]
     pub(crate) fn row(&self, row: usize) -> &[bf16] {
-        let part = self.parts.iter().find(|part| row < part.rows.end).expect("a row of the matrix");
-        let start = (row - part.rows.start) * self.cols;
-        &part.elements.as_slice()[start..start + self.cols]
+        match &self.storage {
+            Storage::Bf16(parts) => bf16_row(parts, self.cols, row),
+            Storage::Packed(_) => panic!("a quantised matrix has no bf16 rows"),
+        }
+    }
+
+    /// Computes `sums[t][c] = weight[cols[c]] · x[rows[t]]`, of quantised matrices for one panel.
+    ///
+    /// # Panics
+    /// If the operand is not in the form that the matrix multiplies.
+    #[inline(always)]
+    pub(crate) fn dot<S: Simd>(
+        &self,
+        simd: S,
+        cols: Range<usize>,
+        x: Operand<'_>,
+        rows: impl Iterator<Item = usize>,
+        sums: &mut Sums,
+    ) {
+        match (&self.storage, x) {
+            (Storage::Bf16(parts), Operand::Bf16(x)) => {
+                let weights = WeightRows::new(cols.map(|col| bf16_row(parts, self.cols, col)));
+                let tokens = TokenRows::new(rows.map(|row| x.row(row)));
+                dot_rows(simd, &weights, &tokens, sums);
+            }
+            (Storage::Packed(packed), Operand::Quantised(x)) => packed.dot(simd, cols, x, rows, sums),
+            _ => panic!("an operand has the form that its matrix multiplies"),
+        }
+    }
+}
+
+#[inline(always)]
+fn bf16_row(parts: &[Part], cols: usize, row: usize) -> &[bf16] {
+    let part = parts.iter().find(|part| row < part.rows.end).expect("a row of the matrix");
+    let start = (row - part.rows.start) * cols;
+    &part.elements.as_slice()[start..start + cols]
+}
+
+impl Part {
+    fn stack(views: &[WeightView], team: &mut Team) -> Result<Vec<Self>, BackendError> {
+        let mut first_row = 0;
+        let part = |view: &WeightView| {
+            let rows = first_row..first_row + view.rows;
+            first_row = rows.end;
+            Ok(Self { rows, elements: Elements::new(view, team)? })
+        };
+        views.iter().map(part).collect()
     }
 }
 
@@ -84,9 +189,14 @@ impl Experts {
     ///
     /// # Errors
     /// As [`Matrix::new`].
-    pub(crate) fn new(view: &ExpertsView, team: &mut Team) -> Result<Self, BackendError> {
+    pub(crate) fn new(
+        view: &ExpertsView,
+        format: WeightFormat,
+        isa: Isa,
+        team: &mut Team,
+    ) -> Result<Self, BackendError> {
         let mut matrices = |views: &[WeightView]| -> Result<Vec<Matrix>, BackendError> {
-            views.iter().map(|view| Matrix::new(std::slice::from_ref(view), team)).collect()
+            views.iter().map(|view| Matrix::new(std::slice::from_ref(view), format, isa, team)).collect()
         };
         Ok(Self { gate: matrices(&view.gate)?, up: matrices(&view.up)?, down: matrices(&view.down)? })
     }
@@ -125,7 +235,7 @@ fn convert(view: &WeightView, team: &mut Team) -> Result<Buffer<bf16>, BackendEr
     Ok(buffer)
 }
 
-fn convert_row(view: &WeightView, row: usize, out: &mut [bf16]) {
+pub(crate) fn convert_row(view: &WeightView, row: usize, out: &mut [bf16]) {
     let first = row * view.cols;
     match &view.data {
         WeightData::Dummy { seed, mean, std } => {
@@ -159,10 +269,12 @@ mod tests {
     #[track_caller]
     fn check(view: &WeightView, mapped: bool) {
         let mut team = Team::new(2);
-        let matrix = Matrix::new(std::slice::from_ref(view), &mut team).unwrap();
+        let format = WeightFormat::Bf16;
+        let matrix = Matrix::new(std::slice::from_ref(view), format, Isa::Portable, &mut team).unwrap();
         let got: Vec<bf16> = (0..matrix.rows()).flat_map(|row| matrix.row(row)).copied().collect();
         assert_eq!(got, view.to_bf16());
-        assert_eq!(matches!(matrix.parts[0].elements, Elements::Mapped(_)), mapped);
+        let Storage::Bf16(parts) = &matrix.storage else { panic!("bf16 is stored as bf16") };
+        assert_eq!(matches!(parts[0].elements, Elements::Mapped(_)), mapped);
     }
 
     #[test]

@@ -1,6 +1,7 @@
-//! The one vector operation that everything rests on: a running dot product of bf16 values with f32
-//! accumulation, for each instruction set.
+//! The two vector operations that everything rests on, for each instruction set: a running dot product of bf16
+//! values with f32 accumulation, and one of 8-bit integers with exact accumulation.
 //!
+//! # bf16
 //! An accumulator is a vector of f32 lanes. Step `k` adds the products of elements `k .. k + STEP` of two rows
 //! to the lanes; which element goes to which lane, and in which order a lane adds, is fixed per instruction
 //! set. A product of two bf16 values is exact in f32 (8 + 8 bits fit in 24), so a fused multiply-add and a
@@ -12,6 +13,18 @@
 //! lane 0    e0·f0 + e1·f1
 //! lane 1    e2·f2 + e3·f3                   even half << 16 is its f32; odd half & 0xffff0000 is its f32
 //! ```
+//!
+//! # Integers
+//! 16 rows of weights advance together, four columns (a quad) at a time; lane `r` belongs to row `r`:
+//!
+//! ```text
+//! quads     r0: w w w w | r1: w w w w | ... | r15: w w w w       64 bytes, stored as unsigned value + offset
+//! x         x0 x1 x2 x3                                          one token's four values, for all rows
+//! sum[r]    += w·x0 + w·x1 + w·x2 + w·x3                         i32, exact
+//! ```
+//!
+//! Sums of integers are exact, and the few f32 operations on top ([`Simd::scaled`], [`Simd::add_scaled`]) round
+//! after every step, so quantised products have the same bits on every instruction set.
 //!
 //! A value of an instruction set's type is the proof that the machine has it: safe code can make one only in
 //! a function that enables its features. That is why the operations themselves are safe.
@@ -29,10 +42,18 @@ mod neon;
 pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512Bf16;
-use half::bf16;
+use half::{bf16, f16};
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 pub(crate) use neon::Neon;
 pub(crate) use portable::Portable;
+
+/// Rows of weights whose integer dot products advance together.
+pub(crate) const QUAD_ROWS: usize = 16;
+/// Columns of a quad.
+pub(crate) const QUAD: usize = 4;
+
+/// [`QUAD`] stored weights of each of [`QUAD_ROWS`] rows.
+pub(crate) type QuadBytes = [u8; QUAD_ROWS * QUAD];
 
 /// Vector operations of one instruction set.
 pub(crate) trait Simd: Copy {
@@ -71,6 +92,42 @@ pub(crate) trait Simd: Copy {
 
     /// Adds up the lanes.
     fn sum(self, sum: Self::Accumulator) -> f32;
+
+    /// A quad of each row, ready to be multiplied.
+    type Quads: Copy;
+    /// A running integer dot product of each row.
+    type Ints: Copy;
+    /// An f32 of each row.
+    type Floats: Copy;
+    /// Tokens of a tile of two times [`QUAD_ROWS`] rows, as many as the registers hold sums for.
+    const TILE_TOKENS: usize;
+    /// Whether weights are multiplied as stored, so that a sum must start at `-offset · Σ x`; otherwise the offset
+    /// is taken off the weights.
+    const MULTIPLIES_STORED: bool;
+
+    /// Reads quads of weights stored as `value + 128`.
+    fn bytes(self, stored: &QuadBytes) -> Self::Quads;
+
+    /// Reads two quads of weights stored as `value + 8`, the first in the low halves of the bytes.
+    fn nibbles(self, stored: &QuadBytes) -> [Self::Quads; 2];
+
+    /// The same integer for every row.
+    fn ints(self, x: i32) -> Self::Ints;
+
+    /// Adds the product of every row's quad with `x`, four bytes of `-127..=127` in the order of memory.
+    fn dot_quads(self, sum: Self::Ints, w: Self::Quads, x: i32) -> Self::Ints;
+
+    /// Widens a scale of each row.
+    fn floats(self, halves: &[f16; QUAD_ROWS]) -> Self::Floats;
+
+    /// `sum · scale`, for sums that f32 can represent.
+    fn scaled(self, sum: Self::Ints, scale: Self::Floats) -> Self::Floats;
+
+    /// `a + b`.
+    fn add(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
+
+    /// `out += x · scale`, rounded after the product and after the sum.
+    fn add_scaled(self, out: &mut [f32; QUAD_ROWS], x: Self::Floats, scale: f32);
 }
 
 /// Sums lanes as a balanced tree: the upper half is added to the lower until one is left.

@@ -34,6 +34,13 @@ impl<T: Pod> Buffer<T> {
         let map = num_bytes.and_then(|num_bytes| MmapMut::map_anon(num_bytes.max(1)).ok());
         Ok(Self { map: map.ok_or_else(out_of_memory)?, len, element: PhantomData })
     }
+
+    /// Asks for large pages, which spare weights that are read from end to end most of the address translation. A
+    /// system that has none to give gives small ones.
+    pub(crate) fn prefer_huge_pages(&self) {
+        #[cfg(target_os = "linux")]
+        let _ = self.map.advise(memmap2::Advice::HugePage);
+    }
 }
 
 impl<T: Pod> Deref for Buffer<T> {
@@ -145,6 +152,11 @@ pub(crate) struct Rows<'a, T> {
 }
 
 impl<'a, T> Rows<'a, T> {
+    /// Elements of a row.
+    pub(crate) fn features(&self) -> usize {
+        self.features
+    }
+
     /// One row.
     #[inline(always)]
     pub(crate) fn row(&self, row: usize) -> &'a [T] {

@@ -17,7 +17,7 @@ fn process_time() -> Option<Duration> {
 
 #[test]
 fn parked_threads_use_less_than_one_percent() {
-    let mut cpu = Cpu::new(CpuOptions { num_threads: Some(4), isa: None });
+    let mut cpu = Cpu::new(CpuOptions { num_threads: Some(4), ..CpuOptions::default() });
     let rows = 512;
     let mut x = cpu.tensor(rows, 512, backend::DType::F32).unwrap();
     let y = cpu.tensor(rows, 512, backend::DType::F32).unwrap();

@@ -1,15 +1,16 @@
 //! The promise of batch invariance, bit for bit, on a whole layer: however a sequence's tokens are cut into
 //! chunks, batched with others, placed in the cache, taken from another sequence's prefix, or computed again
-//! after a preemption, and on any number of threads, each position's output is the one it has alone.
+//! after a preemption, and on any number of threads, each position's output is the one it has alone. In every format
+//! of weights.
 
 use std::collections::HashMap;
 
 use backend::sampling::mix64;
 use backend::{
-    AttentionShape, Backend, Batch, DType, ExpertsView, RopeTable, RouteShape, WeightData, WeightType,
-    WeightView,
+    AttentionShape, Backend, Batch, DType, ExpertsView, MatrixUse, RopeTable, RouteShape, WeightData,
+    WeightType, WeightView,
 };
-use cpu::{Cpu, CpuOptions, Isa};
+use cpu::{Cpu, CpuOptions, Isa, WeightFormat};
 use proptest::prelude::*;
 
 const VOCAB: usize = 97;
@@ -48,8 +49,8 @@ struct Layer {
 }
 
 impl Layer {
-    fn new(shape: &Shape, seed: u64, isa: Isa, num_threads: usize) -> Self {
-        let mut cpu = Cpu::new(CpuOptions { num_threads: Some(num_threads), isa: Some(isa) });
+    fn new(shape: &Shape, seed: u64, options: CpuOptions) -> Self {
+        let mut cpu = Cpu::new(options);
         let (hidden, ffn, attention) = (shape.hidden, shape.ffn, shape.attention);
         let mut seeds = seed..;
         let mut view = |rows, cols: usize| {
@@ -57,7 +58,7 @@ impl Layer {
             let data = WeightData::Dummy { seed, mean: 0.0, std: 1.0 / (cols as f32).sqrt() };
             WeightView { rows, cols, dtype: WeightType::Bf16, data }
         };
-        let table = cpu.matrix(&[view(VOCAB, hidden)]).unwrap();
+        let table = cpu.matrix(&[view(VOCAB, hidden)], MatrixUse::Exact).unwrap();
         let kv_features = attention.kv_features();
         let qkv =
             [view(attention.q_features(), hidden), view(kv_features, hidden), view(kv_features, hidden)];
@@ -73,9 +74,9 @@ impl Layer {
         let assignments = MAX_TOKENS * shape.route.top_k;
         Self {
             table,
-            qkv: cpu.matrix(&qkv).unwrap(),
-            output: cpu.matrix(&[output]).unwrap(),
-            router: cpu.matrix(&[router]).unwrap(),
+            qkv: cpu.matrix(&qkv, MatrixUse::Product).unwrap(),
+            output: cpu.matrix(&[output], MatrixUse::Product).unwrap(),
+            router: cpu.matrix(&[router], MatrixUse::Exact).unwrap(),
             experts: cpu.experts(&experts).unwrap(),
             norm: cpu.vector(&norm).unwrap(),
             rope: cpu.rope(&RopeTable::new(1e4, attention.head_dim, 1024)).unwrap(),
@@ -197,9 +198,10 @@ impl Schedule {
 }
 
 /// Runs a random schedule on three threads against every sequence alone, in one piece, on one thread.
-fn check(shape: &Shape, lens: &[usize], seed: u64, isa: Isa) {
-    let mut alone = Layer::new(shape, seed, isa, 1);
-    let mut layer = Layer::new(shape, seed, isa, 3);
+fn check(shape: &Shape, lens: &[usize], seed: u64, isa: Isa, weights: WeightFormat) {
+    let options = |num_threads| CpuOptions { num_threads: Some(num_threads), isa: Some(isa), weights };
+    let mut alone = Layer::new(shape, seed, options(1));
+    let mut layer = Layer::new(shape, seed, options(3));
     let mut schedule = Schedule { draws: Draws(seed), block_size: shape.block_size, next_block: 0 };
     let mut sequences = Vec::new();
     for &len in lens {
@@ -222,8 +224,9 @@ fn check(shape: &Shape, lens: &[usize], seed: u64, isa: Isa) {
             let whole = expected.entry(tokens.clone()).or_insert_with(|| run_alone(&mut alone, tokens));
             assert!(
                 whole[position] == output,
-                "{} seed {seed}: sequence {index}, position {position}",
-                isa.name()
+                "{} {} seed {seed}: sequence {index}, position {position}",
+                isa.name(),
+                weights.name()
             );
         }
         if schedule.draws.below(8) == 0 {
@@ -276,7 +279,9 @@ proptest! {
         seed in any::<u64>(),
     ) {
         for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
-            check(&shape, &lens, seed >> 1, isa);
+            for weights in WeightFormat::ALL {
+                check(&shape, &lens, seed >> 1, isa, weights);
+            }
         }
     }
 }

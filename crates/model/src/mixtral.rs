@@ -3,7 +3,7 @@
 //! A layer is nine calls; the dense siblings are the same layer with one expert and no router. The pass allocates
 //! nothing and reads nothing back, so a backend may record it and replay the recording.
 
-use backend::{Backend, DType, RopeTable, StepShape};
+use backend::{Backend, DType, MatrixUse, RopeTable, StepShape};
 
 use crate::weights::Weights;
 use crate::{ModelConfig, ModelError, RunnerLimits};
@@ -13,8 +13,7 @@ pub(crate) struct Mixtral<B: Backend> {
     embedding: B::Matrix,
     layers: Vec<Layer<B>>,
     norm: B::Vector,
-    /// `None`: tied to the embedding.
-    lm_head: Option<B::Matrix>,
+    lm_head: B::Matrix,
     rope: B::Rope,
     eps: f32,
 }
@@ -66,7 +65,7 @@ impl<B: Backend> Mixtral<B> {
         progress: &mut dyn FnMut(usize),
     ) -> Result<Self, ModelError> {
         let rope = RopeTable::new(config.rope_theta, config.attention.head_dim, max_model_len);
-        let embedding = backend.matrix(&[weights.embedding(config)?])?;
+        let table = weights.embedding(config)?;
         let mut layers = Vec::with_capacity(config.num_layers);
         for index in 0..config.num_layers {
             layers.push(Layer::load(backend, config, weights, index)?);
@@ -74,11 +73,13 @@ impl<B: Backend> Mixtral<B> {
         }
         let (norm, lm_head) = weights.head(config)?;
         weights.finish(config)?;
+        // A tied head is the same table in another role: a backend may keep what it multiplies in another format.
+        let lm_head = lm_head.unwrap_or_else(|| table.clone());
         Ok(Self {
-            embedding,
+            embedding: backend.matrix(&[table], MatrixUse::Exact)?,
             layers,
             norm: backend.vector(&norm)?,
-            lm_head: lm_head.map(|head| backend.matrix(&[head])).transpose()?,
+            lm_head: backend.matrix(&[lm_head], MatrixUse::Product)?,
             rope: backend.rope(&rope)?,
             eps: config.rms_norm_eps,
         })
@@ -106,8 +107,7 @@ impl<B: Backend> Mixtral<B> {
         backend.add(&mut w.residual, &w.delta, rows);
         backend.gather_rows(&w.residual, &mut w.last);
         backend.rms_norm(&w.last, &self.norm, self.eps, &mut w.last_normed, shape.num_logits);
-        let lm_head = self.lm_head.as_ref().unwrap_or(&self.embedding);
-        backend.linear(&w.last_normed, lm_head, &mut w.logits, shape.num_logits);
+        backend.linear(&w.last_normed, &self.lm_head, &mut w.logits, shape.num_logits);
     }
 
     /// From the layer's normed input to `delta`, what its experts add to the residual.
@@ -140,12 +140,13 @@ impl<B: Backend> Layer<B> {
         index: usize,
     ) -> Result<Self, ModelError> {
         let weights = weights.layer(index, config)?;
+        let router = weights.router.map(|router| backend.matrix(&[router], MatrixUse::Exact));
         Ok(Self {
             input_norm: backend.vector(&weights.input_norm)?,
-            qkv: backend.matrix(&weights.qkv)?,
-            o: backend.matrix(&[weights.o])?,
+            qkv: backend.matrix(&weights.qkv, MatrixUse::Product)?,
+            o: backend.matrix(&[weights.o], MatrixUse::Product)?,
             post_attention_norm: backend.vector(&weights.post_attention_norm)?,
-            router: weights.router.map(|router| backend.matrix(&[router])).transpose()?,
+            router: router.transpose()?,
             experts: backend.experts(&weights.experts)?,
         })
     }

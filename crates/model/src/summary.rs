@@ -20,6 +20,9 @@ pub struct ModelSummary {
     pub expert_parameters: u64,
     /// Parameters of one layer's attention.
     pub attention_parameters: u64,
+    /// Parameters that activations are multiplied with, which a backend may quantise: attention, experts and the
+    /// output projection.
+    pub product_parameters: u64,
     /// Experts in all layers together; 0 if dense.
     pub total_experts: u64,
     /// Keys and values of one token in all layers, in bytes.
@@ -45,14 +48,16 @@ impl ModelSummary {
             active_parameters: layers * layer(config.route.top_k as u64) + tables + hidden,
             expert_parameters: expert,
             attention_parameters: qkv_and_o,
+            product_parameters: layers * (qkv_and_o + experts * expert) + table,
             total_experts: if config.has_router() { layers * experts } else { 0 },
             kv_bytes_per_token: layers * 2 * attention.kv_features() as u64 * BF16_BYTES,
         }
     }
 
-    /// Bytes of all weights in bf16.
-    pub fn weight_bytes(&self) -> u64 {
-        self.total_parameters * BF16_BYTES
+    /// Bytes of all weights when those of products take `product_bits` each and the others are bf16.
+    pub fn weight_bytes(&self, product_bits: f64) -> u64 {
+        let exact = self.total_parameters - self.product_parameters;
+        exact * BF16_BYTES + (self.product_parameters as f64 * product_bits / 8.0) as u64
     }
 }
 
@@ -84,5 +89,7 @@ mod tests {
         assert_eq!(summary.active_parameters, 12_879_925_248);
         assert_eq!(summary.total_experts, 256);
         assert_eq!(summary.kv_bytes_per_token, 131_072);
+        assert_eq!(summary.weight_bytes(16.0), 2 * 46_702_792_704);
+        assert_eq!(summary.weight_bytes(8.5) >> 20, 47_568);
     }
 }

@@ -21,11 +21,12 @@ const TEXT_FILES: [&str; 5] = [
 const NUM_SAMPLES: usize = 64;
 const SAMPLE_BYTES: usize = 64;
 
-/// Hashes the program's version, the instruction set, the model's text files, and a sample of its weights.
+/// Hashes the program's version, the instruction set, the model's text files, and the format and a sample of its
+/// weights.
 pub(crate) fn of(model: &Model, settings: &Settings) -> Result<String> {
     let mut hash = Hash(0);
     hash.add(env!("CARGO_PKG_VERSION").as_bytes());
-    hash.add(format!("{:?} {}", Isa::detect(), settings.dummy_weights).as_bytes());
+    hash.add(format!("{:?} {} {}", Isa::detect(), settings.dummy_weights, model.weights.name()).as_bytes());
     for name in TEXT_FILES {
         hash.add(&model.files.read(name)?.unwrap_or_default());
     }

@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use cpu::WeightFormat;
 use model::{ModelConfig, ModelSummary};
 
 /// A page about a model: shape, parameters, bytes, and how many tokens fit in `available_bytes`.
@@ -28,7 +29,7 @@ pub(crate) fn page(name: &str, config: &ModelConfig, available_bytes: u64) -> St
     row("vocabulary", config.vocab_size.to_string());
     row("context", format!("{} tokens", config.max_position_embeddings));
     row("parameters", parameters(config, &summary));
-    row("weights in bf16", bytes(summary.weight_bytes()));
+    row("weights", WeightFormat::ALL.map(|format| weights(&summary, format)).join(", "));
     row("cache per token", bytes(summary.kv_bytes_per_token));
     row("fits here", capacity(config, &summary, available_bytes));
     page
@@ -60,14 +61,28 @@ fn parameters(config: &ModelConfig, summary: &ModelSummary) -> String {
 
 fn capacity(config: &ModelConfig, summary: &ModelSummary, available_bytes: u64) -> String {
     let available = bytes(available_bytes);
-    match available_bytes.checked_sub(summary.weight_bytes()) {
-        None => format!("no: {available} of memory are available, less than the weights"),
+    let format = automatic_format(summary, available_bytes);
+    let name = format.name();
+    match available_bytes.checked_sub(summary.weight_bytes(format.bits())) {
+        None => format!("no: {available} of memory are available, less than the weights in {name}"),
         Some(left) => {
             let tokens = left / summary.kv_bytes_per_token;
             let contexts = tokens / config.max_position_embeddings as u64;
-            format!("{tokens} tokens of cache in {available} beside the weights, {contexts} full contexts")
+            format!(
+                "{tokens} tokens of cache in {available} beside the weights in {name}, {contexts} full contexts"
+            )
         }
     }
+}
+
+fn weights(summary: &ModelSummary, format: WeightFormat) -> String {
+    format!("{} in {}", bytes(summary.weight_bytes(format.bits())), format.name())
+}
+
+/// The most precise format in which the weights fit; the smallest if none does.
+pub(crate) fn automatic_format(summary: &ModelSummary, available_bytes: u64) -> WeightFormat {
+    let fits = |format: &WeightFormat| summary.weight_bytes(format.bits()) <= available_bytes;
+    WeightFormat::ALL.into_iter().find(fits).unwrap_or(WeightFormat::Q4)
 }
 
 /// A number of parameters as people say it.

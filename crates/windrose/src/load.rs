@@ -4,11 +4,11 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
-use cpu::{Cpu, CpuOptions};
+use cpu::{Cpu, CpuOptions, WeightFormat};
 use model::{MixtralRunner, ModelConfig, ModelFiles, ModelRunner, ModelSummary, RunnerOptions, WeightSource};
 use tracing::info;
 
-use crate::inspect::bytes;
+use crate::inspect::{automatic_format, bytes};
 use crate::memory;
 use crate::progress::Progress;
 use crate::settings::Settings;
@@ -23,6 +23,8 @@ pub(crate) struct Model {
     pub(crate) name: String,
     pub(crate) files: ModelFiles,
     pub(crate) config: ModelConfig,
+    /// The format in which its weights will be kept.
+    pub(crate) weights: WeightFormat,
 }
 
 impl Model {
@@ -41,7 +43,8 @@ impl Model {
         let config = ModelConfig::load(&files)?;
         let named = !settings.served_model_name.is_empty();
         let name = if named { settings.served_model_name.clone() } else { default_name };
-        Ok(Self { name, files, config })
+        let weights = weight_format(settings, &config)?;
+        Ok(Self { name, files, config, weights })
     }
 
     /// Loads the weights onto the backend that the settings choose.
@@ -50,7 +53,7 @@ impl Model {
             bail!("device is \"{}\", and this build runs on \"cpu\" (or \"auto\")", settings.device);
         }
         let num_threads = (settings.threads > 0).then_some(settings.threads);
-        let backend = Cpu::new(CpuOptions { num_threads, isa: None });
+        let backend = Cpu::new(CpuOptions { num_threads, isa: None, weights: self.weights });
         let options = self.runner_options(settings)?;
         let source = match settings.dummy_seed()? {
             Some(seed) => WeightSource::Dummy { seed },
@@ -59,7 +62,7 @@ impl Model {
         let summary = ModelSummary::new(&self.config);
         info!(
             model = self.name,
-            weights = bytes(summary.weight_bytes()),
+            weights = bytes(summary.weight_bytes(self.weights.bits())),
             cache = bytes(cache_bytes(&summary, &options)),
             cache_tokens = (options.num_blocks - 1) * options.block_size,
             max_model_len = options.max_model_len,
@@ -130,6 +133,16 @@ impl Model {
         );
         Ok(num_blocks)
     }
+}
+
+fn weight_format(settings: &Settings, config: &ModelConfig) -> Result<WeightFormat> {
+    if settings.weights == "auto" {
+        return Ok(automatic_format(&ModelSummary::new(config), memory::available_bytes()));
+    }
+    let named = WeightFormat::ALL.into_iter().find(|format| format.name() == settings.weights);
+    named.with_context(|| {
+        format!("weights is \"{}\", expected \"auto\", \"bf16\", \"q8\" or \"q4\"", settings.weights)
+    })
 }
 
 fn cache_bytes(summary: &ModelSummary, options: &RunnerOptions) -> u64 {

@@ -163,7 +163,9 @@ fn check<B: Backend>(name: &str, backend: B, files: &ModelFiles, tolerance: f32)
 
 fn cpu_backends() -> Vec<Cpu> {
     let available = Isa::ALL.into_iter().filter(|isa| isa.is_available());
-    available.map(|isa| Cpu::new(CpuOptions { num_threads: Some(2), isa: Some(isa) })).collect()
+    available
+        .map(|isa| Cpu::new(CpuOptions { num_threads: Some(2), isa: Some(isa), ..CpuOptions::default() }))
+        .collect()
 }
 
 #[test]

@@ -1,17 +1,18 @@
-//! AVX-512 with BF16: `vdpbf16ps` multiplies 32 pairs of bf16 and adds two products to each of 16 lanes.
+//! AVX-512 with BF16 and VNNI: `vdpbf16ps` multiplies 32 pairs of bf16 and adds two products to each of 16 lanes,
+//! `vpdpbusd` 64 pairs of bytes, unsigned with signed, and adds four.
 
 use std::arch::x86_64::*;
 
-use half::bf16;
+use half::{bf16, f16};
 
-use super::{Simd, sum_lanes};
+use super::{QUAD_ROWS, QuadBytes, Simd, sum_lanes};
 
-/// The proof that the machine has AVX-512 F, BW and BF16.
+/// The proof that the machine has AVX-512 F, BW, BF16 and VNNI.
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512Bf16(());
 
 impl Avx512Bf16 {
-    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16,avx512vnni")]
     pub(crate) fn new() -> Self {
         Self(())
     }
@@ -56,7 +57,7 @@ impl Simd for Avx512Bf16 {
     #[inline(always)]
     fn call(self, f: impl FnOnce()) {
         #[inline(never)]
-        #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512bf16,avx512vnni")]
         fn call(f: impl FnOnce()) {
             f();
         }
@@ -76,5 +77,66 @@ impl Simd for Avx512Bf16 {
         // SAFETY: `self` proves AVX-512 F, and `lanes` has the 64 bytes that are written.
         unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), sum) };
         sum_lanes(lanes)
+    }
+
+    type Quads = __m512i;
+    type Ints = __m512i;
+    type Floats = __m512;
+    const TILE_TOKENS: usize = 4;
+    const MULTIPLIES_STORED: bool = true;
+
+    #[inline(always)]
+    fn bytes(self, stored: &QuadBytes) -> __m512i {
+        // SAFETY: `self` proves AVX-512 F, and the array has the 64 bytes that are read.
+        unsafe { _mm512_loadu_si512(stored.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn nibbles(self, stored: &QuadBytes) -> [__m512i; 2] {
+        let both = self.bytes(stored);
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe {
+            let low = _mm512_set1_epi8(15);
+            [_mm512_and_si512(both, low), _mm512_and_si512(_mm512_srli_epi16::<4>(both), low)]
+        }
+    }
+
+    #[inline(always)]
+    fn ints(self, x: i32) -> __m512i {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe { _mm512_set1_epi32(x) }
+    }
+
+    #[inline(always)]
+    fn dot_quads(self, sum: __m512i, w: __m512i, x: i32) -> __m512i {
+        // SAFETY: `self` proves AVX-512 VNNI.
+        unsafe { _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(x)) }
+    }
+
+    #[inline(always)]
+    fn floats(self, halves: &[f16; QUAD_ROWS]) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F, and the array has the 32 bytes that are read.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(halves.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn scaled(self, sum: __m512i, scale: __m512) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe { _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale) }
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn add_scaled(self, out: &mut [f32; QUAD_ROWS], x: __m512, scale: f32) {
+        // SAFETY: `self` proves AVX-512 F, and the array has the 64 bytes that are read and written.
+        unsafe {
+            let sum = _mm512_add_ps(_mm512_loadu_ps(out.as_ptr()), _mm512_mul_ps(x, _mm512_set1_ps(scale)));
+            _mm512_storeu_ps(out.as_mut_ptr(), sum);
+        }
     }
 }

@@ -2,9 +2,9 @@
 
 use std::arch::aarch64::*;
 
-use half::bf16;
+use half::{bf16, f16};
 
-use super::{Simd, sum_lanes};
+use super::{QUAD_ROWS, QuadBytes, Simd, sum_lanes};
 
 /// The proof that the machine has NEON, part of the architecture's baseline.
 #[derive(Clone, Copy)]
@@ -65,5 +65,85 @@ impl Simd for Neon {
         // SAFETY: as in `zero`, and `lanes` has the 16 bytes that are written.
         unsafe { vst1q_f32(lanes.as_mut_ptr(), sum) };
         sum_lanes(lanes)
+    }
+
+    /// Four rows each.
+    type Quads = [int8x16_t; 4];
+    type Ints = [int32x4_t; 4];
+    type Floats = [float32x4_t; 4];
+    const TILE_TOKENS: usize = 2;
+    const MULTIPLIES_STORED: bool = false;
+
+    #[inline(always)]
+    fn bytes(self, stored: &QuadBytes) -> [int8x16_t; 4] {
+        // SAFETY: as in `zero`, and each part of the array has the 16 bytes that are read. Flipping the highest bit
+        // takes 128 off.
+        std::array::from_fn(|part| unsafe {
+            let stored = vld1q_u8(stored.as_ptr().add(16 * part));
+            vreinterpretq_s8_u8(veorq_u8(stored, vdupq_n_u8(128)))
+        })
+    }
+
+    #[inline(always)]
+    fn nibbles(self, stored: &QuadBytes) -> [[int8x16_t; 4]; 2] {
+        // SAFETY: as in `bytes`.
+        unsafe {
+            let both: [uint8x16_t; 4] = std::array::from_fn(|part| vld1q_u8(stored.as_ptr().add(16 * part)));
+            let value = |nibble| vsubq_s8(vreinterpretq_s8_u8(nibble), vdupq_n_s8(8));
+            [
+                both.map(|both| value(vandq_u8(both, vdupq_n_u8(15)))),
+                both.map(|both| value(vshrq_n_u8::<4>(both))),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn ints(self, x: i32) -> [int32x4_t; 4] {
+        // SAFETY: as in `zero`.
+        unsafe { [vdupq_n_s32(x); 4] }
+    }
+
+    /// Products of magnitudes below 128 are added in pairs in 16 bits, where two of them fit, then in 32.
+    #[inline(always)]
+    fn dot_quads(self, sum: [int32x4_t; 4], w: [int8x16_t; 4], x: i32) -> [int32x4_t; 4] {
+        // SAFETY: as in `zero`.
+        unsafe {
+            let x = vreinterpretq_s8_s32(vdupq_n_s32(x));
+            std::array::from_fn(|part| {
+                let low = vmull_s8(vget_low_s8(w[part]), vget_low_s8(x));
+                let high = vmull_high_s8(w[part], x);
+                vpadalq_s16(sum[part], vpaddq_s16(low, high))
+            })
+        }
+    }
+
+    #[inline(always)]
+    fn floats(self, halves: &[f16; QUAD_ROWS]) -> [float32x4_t; 4] {
+        let floats = halves.map(f16::to_f32);
+        // SAFETY: as in `zero`, and each part of the array has the 16 bytes that are read.
+        std::array::from_fn(|part| unsafe { vld1q_f32(floats.as_ptr().add(4 * part)) })
+    }
+
+    #[inline(always)]
+    fn scaled(self, sum: [int32x4_t; 4], scale: [float32x4_t; 4]) -> [float32x4_t; 4] {
+        // SAFETY: as in `zero`.
+        std::array::from_fn(|part| unsafe { vmulq_f32(vcvtq_f32_s32(sum[part]), scale[part]) })
+    }
+
+    #[inline(always)]
+    fn add(self, a: [float32x4_t; 4], b: [float32x4_t; 4]) -> [float32x4_t; 4] {
+        // SAFETY: as in `zero`.
+        std::array::from_fn(|part| unsafe { vaddq_f32(a[part], b[part]) })
+    }
+
+    #[inline(always)]
+    fn add_scaled(self, out: &mut [f32; QUAD_ROWS], x: [float32x4_t; 4], scale: f32) {
+        for (out, x) in out.as_chunks_mut::<4>().0.iter_mut().zip(x) {
+            // SAFETY: as in `zero`, and the array has the 16 bytes that are read and written.
+            unsafe {
+                let sum = vaddq_f32(vld1q_f32(out.as_ptr()), vmulq_f32(x, vdupq_n_f32(scale)));
+                vst1q_f32(out.as_mut_ptr(), sum);
+            }
+        }
     }
 }

@@ -1,9 +1,9 @@
 //! Plain Rust with the lanes of `vdpbf16ps`: the path of machines without a faster one, of Miri, and the
 //! software model on which the tiles of AVX-512 are tested everywhere.
 
-use half::bf16;
+use half::{bf16, f16};
 
-use super::{Simd, sum_lanes};
+use super::{QUAD, QUAD_ROWS, QuadBytes, Simd, sum_lanes};
 
 /// 16 lanes of two elements each, as in a 512-bit register.
 const LANES: usize = 16;
@@ -55,6 +55,62 @@ impl Simd for Portable {
     fn sum(self, sum: [f32; LANES]) -> f32 {
         sum_lanes(sum)
     }
+
+    type Quads = [[i8; QUAD]; QUAD_ROWS];
+    type Ints = [i32; QUAD_ROWS];
+    type Floats = [f32; QUAD_ROWS];
+    const TILE_TOKENS: usize = 1;
+    const MULTIPLIES_STORED: bool = false;
+
+    #[inline(always)]
+    fn bytes(self, stored: &QuadBytes) -> [[i8; QUAD]; QUAD_ROWS] {
+        quads(|i| stored[i].wrapping_sub(128))
+    }
+
+    #[inline(always)]
+    fn nibbles(self, stored: &QuadBytes) -> [[[i8; QUAD]; QUAD_ROWS]; 2] {
+        [quads(|i| (stored[i] & 15).wrapping_sub(8)), quads(|i| (stored[i] >> 4).wrapping_sub(8))]
+    }
+
+    #[inline(always)]
+    fn ints(self, x: i32) -> [i32; QUAD_ROWS] {
+        [x; QUAD_ROWS]
+    }
+
+    #[inline(always)]
+    fn dot_quads(self, mut sum: [i32; QUAD_ROWS], w: [[i8; QUAD]; QUAD_ROWS], x: i32) -> [i32; QUAD_ROWS] {
+        let x = x.to_ne_bytes().map(u8::cast_signed);
+        for (sum, w) in sum.iter_mut().zip(w) {
+            *sum += w.iter().zip(x).map(|(&w, x)| i32::from(w) * i32::from(x)).sum::<i32>();
+        }
+        sum
+    }
+
+    #[inline(always)]
+    fn floats(self, halves: &[f16; QUAD_ROWS]) -> [f32; QUAD_ROWS] {
+        halves.map(f16::to_f32)
+    }
+
+    #[inline(always)]
+    fn scaled(self, sum: [i32; QUAD_ROWS], scale: [f32; QUAD_ROWS]) -> [f32; QUAD_ROWS] {
+        std::array::from_fn(|row| sum[row] as f32 * scale[row])
+    }
+
+    #[inline(always)]
+    fn add(self, a: [f32; QUAD_ROWS], b: [f32; QUAD_ROWS]) -> [f32; QUAD_ROWS] {
+        std::array::from_fn(|row| a[row] + b[row])
+    }
+
+    #[inline(always)]
+    fn add_scaled(self, out: &mut [f32; QUAD_ROWS], x: [f32; QUAD_ROWS], scale: f32) {
+        out.iter_mut().zip(x).for_each(|(out, x)| *out += x * scale);
+    }
+}
+
+/// Weights by their place among the stored bytes.
+#[inline(always)]
+fn quads(weight: impl Fn(usize) -> u8) -> [[i8; QUAD]; QUAD_ROWS] {
+    std::array::from_fn(|row| std::array::from_fn(|i| weight(row * QUAD + i).cast_signed()))
 }
 
 #[inline(always)]

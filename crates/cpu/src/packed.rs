@@ -1,0 +1,286 @@
+//! Quantised weights `[out, in]`: groups of 32 columns share a scale, and 32 rows are interleaved so that a step of
+//! the kernels reads 64 neighbouring bytes and a panel of rows is one stream from memory.
+//!
+//! ```text
+//!               32 columns: a group, one scale per row
+//!              ┌────────┬────────┬─────                panel 0: block 0, block 1, ...   one stream
+//!  32 rows:    │block 0 │block 1 │ ...                 panel 1: block 0, block 1, ...
+//!  a panel     └────────┴────────┴─────
+//! ```
+//!
+//! | format | a weight is | bits with its scale |
+//! |---|---|---|
+//! | q8 | `scale · (stored - 128)`, -127..=127 | 8.5 |
+//! | q4 | `scale · (stored - 8)`, -8..=7 | 4.5 |
+//!
+//! A product is specified to the bit, see [`Panels::dot`], and so is quantisation: both are the same on every
+//! instruction set. This module does not know files; what is packed here lives in memory.
+
+mod block;
+mod dot;
+mod quantise;
+
+use std::ops::Range;
+
+use backend::{BackendError, WeightView};
+
+use crate::dot::{MAX_TOKENS, Sums};
+use crate::grid::{Grid, Tile};
+use crate::isa::{Isa, Kernel};
+use crate::matrix::convert_row;
+use crate::numbers::Element;
+use crate::operand::{QuantisedRow, QuantisedRows};
+use crate::simd::{QUAD_ROWS, Simd};
+use crate::team::Team;
+use crate::tensor::Buffer;
+use block::{Block, Q4Block, Q8Block};
+
+/// Columns that share a scale.
+pub(crate) const GROUP: usize = 32;
+/// Rows that are interleaved.
+pub(crate) const PANEL_ROWS: usize = 2 * QUAD_ROWS;
+
+/// The formats of a quantised matrix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PackedFormat {
+    Q8,
+    Q4,
+}
+
+/// A quantised matrix.
+pub(crate) enum Packed {
+    Q8(Panels<Q8Block>),
+    Q4(Panels<Q4Block>),
+}
+
+/// A matrix in blocks of one format.
+pub(crate) struct Panels<B> {
+    num_groups: usize,
+    /// `[panel][group]`; rows and columns beyond the matrix are zeros.
+    blocks: Buffer<B>,
+}
+
+impl Packed {
+    /// Quantises views of one width, stacked along their rows.
+    ///
+    /// # Errors
+    /// [`BackendError::OutOfMemory`] if there is no room.
+    pub(crate) fn new(
+        format: PackedFormat,
+        views: &[WeightView],
+        isa: Isa,
+        team: &mut Team,
+    ) -> Result<Self, BackendError> {
+        match format {
+            PackedFormat::Q8 => Panels::new(views, isa, team).map(Self::Q8),
+            PackedFormat::Q4 => Panels::new(views, isa, team).map(Self::Q4),
+        }
+    }
+
+    /// What was added to the weights to store them.
+    pub(crate) fn offset(&self) -> i32 {
+        match self {
+            Self::Q8(_) => Q8Block::OFFSET,
+            Self::Q4(_) => Q4Block::OFFSET,
+        }
+    }
+
+    /// Computes `sums[t][c] = weight[cols[c]] · x[rows[t]]` for the rows of one panel.
+    #[inline(always)]
+    pub(crate) fn dot<S: Simd>(
+        &self,
+        simd: S,
+        cols: Range<usize>,
+        x: QuantisedRows<'_>,
+        rows: impl Iterator<Item = usize>,
+        sums: &mut Sums,
+    ) {
+        assert!(cols.start.is_multiple_of(PANEL_ROWS) && cols.len() <= PANEL_ROWS);
+        let panel = cols.start / PANEL_ROWS;
+        let mut tokens = [QuantisedRow::default(); MAX_TOKENS];
+        let mut num_tokens = 0;
+        for row in rows {
+            tokens[num_tokens] = x.row(row);
+            num_tokens += 1;
+        }
+        match self {
+            Self::Q8(panels) => panels.dot(simd, panel, &tokens[..num_tokens], sums),
+            Self::Q4(panels) => panels.dot(simd, panel, &tokens[..num_tokens], sums),
+        }
+    }
+}
+
+impl<B: Block> Panels<B> {
+    fn new(views: &[WeightView], isa: Isa, team: &mut Team) -> Result<Self, BackendError> {
+        let num_rows: usize = views.iter().map(|view| view.rows).sum();
+        let num_groups = views[0].cols.div_ceil(GROUP);
+        let num_blocks = num_rows.div_ceil(PANEL_ROWS) * num_groups;
+        let mut blocks = Buffer::<B>::zeroed("a quantised matrix", num_blocks)?;
+        blocks.prefer_huge_pages();
+        team.for_each(Grid::row_bands(&mut blocks, num_groups, 1), |panels| isa.run(Pack { views, panels }));
+        Ok(Self { num_groups, blocks })
+    }
+
+    /// The blocks of one panel.
+    #[inline(always)]
+    fn panel(&self, panel: usize) -> &[B] {
+        &self.blocks[panel * self.num_groups..][..self.num_groups]
+    }
+}
+
+/// Quantises the rows of the panels that the tile covers.
+struct Pack<'a, B> {
+    views: &'a [WeightView],
+    panels: Tile<'a, B>,
+}
+
+impl<B: Block> Kernel for Pack<'_, B> {
+    #[inline(always)]
+    fn run<S: Simd>(mut self, _: S) {
+        let cols = self.views[0].cols;
+        let mut row = vec![half::bf16::ZERO; cols];
+        let mut values = vec![0.0; cols.next_multiple_of(GROUP)];
+        for panel in self.panels.rows() {
+            let blocks = self.panels.row(panel);
+            let first = panel * PANEL_ROWS;
+            for (row_in_panel, (view, row_in_view)) in
+                rows_from(self.views, first).take(PANEL_ROWS).enumerate()
+            {
+                convert_row(view, row_in_view, &mut row);
+                values.iter_mut().zip(&row).for_each(|(value, x)| *value = Element::to_f32(*x));
+                for (block, values) in blocks.iter_mut().zip(values.as_chunks::<GROUP>().0) {
+                    block.set_row(row_in_panel, values);
+                }
+            }
+        }
+    }
+}
+
+/// The rows of stacked views from number `first` on, each with its view and its number there.
+fn rows_from(views: &[WeightView], first: usize) -> impl Iterator<Item = (&WeightView, usize)> {
+    views.iter().flat_map(|view| (0..view.rows).map(move |row| (view, row))).skip(first)
+}
+
+#[cfg(test)]
+mod tests {
+    use backend::{WeightData, WeightType, dummy_value};
+    use half::bf16;
+
+    use super::quantise::{Quantised, q4, q8};
+    use super::*;
+    use crate::dot::MAX_ROWS;
+    use crate::operand::Scratch;
+    use crate::tensor::Tensor;
+
+    /// A product as [`Panels::dot`] specifies it, in plain loops over quantised rows.
+    fn specified(weights: &[Quantised], x: &[bf16]) -> f32 {
+        let mut sum = 0.0;
+        for (x, weights) in x.chunks(128).zip(weights.chunks(4)) {
+            let largest = x.iter().map(|x| x.to_f32().abs()).fold(0.0, f32::max);
+            let mut partial = 0.0;
+            for (x, weights) in x.chunks(GROUP).zip(weights) {
+                let quantised = x.iter().map(|x| (x.to_f32() * (127.0 / largest)).round_ties_even() as i32);
+                let products = quantised.zip(weights.values).map(|(x, w)| x * w);
+                partial += products.sum::<i32>() as f32 * weights.scale.to_f32();
+            }
+            sum += partial * (largest / 127.0);
+        }
+        sum
+    }
+
+    struct Dot<'a> {
+        packed: &'a Packed,
+        cols: Range<usize>,
+        x: QuantisedRows<'a>,
+        rows: Range<usize>,
+        sums: &'a mut Sums,
+    }
+
+    impl Kernel for Dot<'_> {
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) {
+            self.packed.dot(simd, self.cols, self.x, self.rows, self.sums);
+        }
+    }
+
+    fn check(format: PackedFormat, num_rows: usize, len: usize, isa: Isa) {
+        let data = |seed| WeightData::Dummy { seed, mean: 0.1, std: 1.0 };
+        let view = |rows, seed| WeightView { rows, cols: len, dtype: WeightType::Bf16, data: data(seed) };
+        let views = [view(num_rows, 1), view(3, 2)];
+        let mut team = Team::new(2);
+        let packed = Packed::new(format, &views, isa, &mut team).unwrap();
+
+        let quantise = |weights: &[bf16]| {
+            let mut padded = [0.0; GROUP];
+            padded.iter_mut().zip(weights).for_each(|(padded, w)| *padded = w.to_f32());
+            if format == PackedFormat::Q8 { q8(&padded) } else { q4(&padded) }
+        };
+        let stacked: Vec<bf16> = views.iter().flat_map(WeightView::to_bf16).collect();
+        let rows: Vec<Vec<Quantised>> =
+            stacked.chunks(len).map(|row| row.chunks(GROUP).map(quantise).collect()).collect();
+
+        let mut x = Tensor::new(MAX_TOKENS, len, backend::DType::Bf16).unwrap();
+        let values: Vec<f32> =
+            (0..(MAX_TOKENS * len) as u64).map(|i| dummy_value(3, i, 0.0, 1.0).to_f32()).collect();
+        x.upload(&values);
+        let mut scratch = Scratch::default();
+        scratch.reserve(MAX_TOKENS, len).unwrap();
+        let quantised = scratch.quantise(x.bf16(), MAX_TOKENS, packed.offset(), isa, &mut team);
+
+        for first in (0..rows.len()).step_by(PANEL_ROWS) {
+            let cols = first..rows.len().min(first + PANEL_ROWS);
+            for tokens in [0..1, 1..3, 2..5, 1..5, 3..8, 0..8] {
+                let mut sums = [[f32::NAN; MAX_ROWS]; MAX_TOKENS];
+                let kernel = Dot {
+                    packed: &packed,
+                    cols: cols.clone(),
+                    x: quantised,
+                    rows: tokens.clone(),
+                    sums: &mut sums,
+                };
+                isa.run(kernel);
+                for (token, sums) in tokens.zip(&sums) {
+                    for (col, &sum) in cols.clone().zip(sums) {
+                        let expected = specified(&rows[col], x.bf16().row(token));
+                        let case = format!("{format:?} {} length {len}", isa.name());
+                        assert_eq!(sum.to_bits(), expected.to_bits(), "{case}: row {col}, token {token}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn products_have_the_specified_bits_on_every_instruction_set() {
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+            println!("{}", isa.name());
+            for format in [PackedFormat::Q8, PackedFormat::Q4] {
+                for (num_rows, len) in [(1, 1), (5, 31), (29, 32), (30, 100), (61, 128), (40, 200), (64, 513)]
+                {
+                    check(format, num_rows, len, isa);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_reaches_the_result() {
+        let data = WeightData::Dummy { seed: 1, mean: 0.0, std: 1.0 };
+        let view = WeightView { rows: 8, cols: 64, dtype: WeightType::Bf16, data };
+        let mut team = Team::new(1);
+        for bad in [f32::NAN, f32::INFINITY] {
+            let packed =
+                Packed::new(PackedFormat::Q8, std::slice::from_ref(&view), Isa::detect(), &mut team).unwrap();
+            let mut x = Tensor::new(1, 64, backend::DType::Bf16).unwrap();
+            let mut values = [1.0; 64];
+            values[9] = bad;
+            x.upload(&values);
+            let mut scratch = Scratch::default();
+            scratch.reserve(1, 64).unwrap();
+            let x = scratch.quantise(x.bf16(), 1, packed.offset(), Isa::detect(), &mut team);
+            let mut sums = [[0.0; MAX_ROWS]; MAX_TOKENS];
+            Isa::detect().run(Dot { packed: &packed, cols: 0..8, x, rows: 0..1, sums: &mut sums });
+            assert!(sums[0][..8].iter().all(|sum| sum.is_nan()), "{bad}: {:?}", &sums[0][..8]);
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! From 32 weights to a scale and 32 small integers.
+
+use half::f16;
+
+use super::GROUP;
+
+/// Scales tried for a group of 4-bit weights, as the value that its largest weight would get.
+const Q4_LARGEST: [f32; 9] = [-8.0, -9.0, -8.6, -8.3, -7.7, -7.4, -7.0, -6.6, -6.2];
+/// Lanes of a sum, so that it becomes vector code and has one order.
+const LANES: usize = 16;
+
+/// A quantised group: weight `i` is about `scale · values[i]`.
+pub(super) struct Quantised {
+    pub(super) scale: f16,
+    pub(super) values: [i32; GROUP],
+}
+
+/// Quantises to -127..=127, the largest weight to one of the ends.
+#[inline(always)]
+pub(super) fn q8(weights: &[f32; GROUP]) -> Quantised {
+    let scale = f16::from_f32(largest(weights).abs() / 127.0);
+    Quantised { scale, values: rounded(weights, inverse(scale.to_f32()), -127, 127) }
+}
+
+/// Quantises to -8..=7 with the scale, of those tried, that leaves the least squared error.
+///
+/// For given integers `q` the best scale is `Σ w·q / Σ q²`, so each attempt rounds with a first guess and is
+/// judged at that scale.
+#[inline(always)]
+pub(super) fn q4(weights: &[f32; GROUP]) -> Quantised {
+    let largest = largest(weights);
+    let attempt = |value: f32| {
+        let values = rounded(weights, value * inverse(largest), -8, 7);
+        let products = sum(|i| weights[i] * values[i] as f32);
+        let squares = sum(|i| (values[i] * values[i]) as f32);
+        let scale = f16::from_f32(products * inverse(squares));
+        let error = sum(|i| {
+            let difference = weights[i] - scale.to_f32() * values[i] as f32;
+            difference * difference
+        });
+        (error, Quantised { scale, values })
+    };
+    let mut best = attempt(Q4_LARGEST[0]);
+    for value in &Q4_LARGEST[1..] {
+        let tried = attempt(*value);
+        if tried.0 < best.0 {
+            best = tried;
+        }
+    }
+    best.1
+}
+
+/// The weight of the largest magnitude. NaN or infinite if any weight is, which makes the scale so too, and with
+/// it every product: a broken checkpoint must not look like a sound one.
+#[inline(always)]
+fn largest(weights: &[f32; GROUP]) -> f32 {
+    weights
+        .iter()
+        .fold(0.0, |largest: f32, &w| if w.abs() <= largest.abs() || largest.is_nan() { largest } else { w })
+}
+
+/// `1 / x`, and 0 for 0.
+#[inline(always)]
+fn inverse(x: f32) -> f32 {
+    if x == 0.0 { 0.0 } else { 1.0 / x }
+}
+
+/// `weights · factor` rounded to the nearest integer, ties to even.
+#[inline(always)]
+fn rounded(weights: &[f32; GROUP], factor: f32, least: i32, most: i32) -> [i32; GROUP] {
+    weights.map(|w| ((w * factor).round_ties_even() as i32).clamp(least, most))
+}
+
+#[inline(always)]
+fn sum(term: impl Fn(usize) -> f32) -> f32 {
+    let mut lanes = [0.0; LANES];
+    for i in 0..GROUP {
+        lanes[i % LANES] += term(i);
+    }
+    crate::simd::sum_lanes(lanes)
+}
+
+#[cfg(test)]
+mod tests {
+    use backend::dummy_value;
+
+    use super::*;
+
+    /// Mean squared errors of a quantiser and of a rival on normal weights, as shares of the variance.
+    fn errors(
+        ours: impl Fn(&[f32; GROUP]) -> Quantised,
+        rival: impl Fn(&[f32; GROUP]) -> Quantised,
+    ) -> [f64; 2] {
+        let mut sums = [0.0; 2];
+        let groups = 4000;
+        for group in 0..groups {
+            let weights: [f32; GROUP] =
+                std::array::from_fn(|i| dummy_value(1, group * GROUP as u64 + i as u64, 0.0, 1.0).to_f32());
+            for (sum, quantised) in sums.iter_mut().zip([ours(&weights), rival(&weights)]) {
+                let scale = f64::from(quantised.scale.to_f32());
+                let errors = weights.iter().zip(quantised.values);
+                *sum += errors.map(|(&w, q)| (f64::from(w) - scale * f64::from(q)).powi(2)).sum::<f64>();
+            }
+        }
+        sums.map(|sum| sum / (groups * GROUP as u64) as f64)
+    }
+
+    /// GGML's Q8_0: the scale is rounded to f16 after it has served to round the weights.
+    fn ggml_q8_0(weights: &[f32; GROUP]) -> Quantised {
+        let scale = largest(weights).abs() / 127.0;
+        let values = weights.map(|w| (w * inverse(scale)).round() as i32);
+        Quantised { scale: f16::from_f32(scale), values }
+    }
+
+    /// GGML's Q4_0: the largest weight becomes -8.
+    fn ggml_q4_0(weights: &[f32; GROUP]) -> Quantised {
+        let scale = largest(weights) / -8.0;
+        let values = weights.map(|w| (w * inverse(scale) + 8.5).min(15.0) as i32 - 8);
+        Quantised { scale: f16::from_f32(scale), values }
+    }
+
+    #[test]
+    fn errors_are_below_those_of_the_usual_formats_of_the_same_size() {
+        let [ours, theirs] = errors(q8, ggml_q8_0);
+        println!("q8: {ours:.3e} of the variance, Q8_0: {theirs:.3e}");
+        assert!(ours <= theirs);
+        let [ours, theirs] = errors(q4, ggml_q4_0);
+        println!("q4: {ours:.3e} of the variance, Q4_0: {theirs:.3e}");
+        assert!(ours <= theirs);
+    }
+
+    #[test]
+    fn zeros_stay_zeros_and_what_is_not_finite_stays_so() {
+        for quantise in [q8, q4] {
+            let zeros = quantise(&[0.0; GROUP]);
+            assert_eq!((zeros.scale.to_f32(), zeros.values), (0.0, [0; GROUP]));
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let mut weights = [1.0; GROUP];
+                weights[7] = bad;
+                assert!(!quantise(&weights).scale.is_finite(), "{bad}");
+            }
+        }
+    }
+}
