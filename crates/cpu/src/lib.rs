@@ -31,16 +31,21 @@ mod simd;
 mod team;
 mod tensor;
 
+use std::io::{self, Seek, Write};
+use std::sync::mpsc::Receiver;
+
 use backend::sampling::sample_row;
 use backend::{
     AttentionShape, Backend, BackendError, Batch, DType, ExpertsView, MatrixUse, NonFiniteLogits, RopeTable,
     RouteShape, SampleRow, Sampled, StepShape, WeightView,
 };
+use bytes::Bytes;
 use half::bf16;
 
 pub use crate::isa::Isa;
 pub use crate::kv::KvCache;
 pub use crate::matrix::{Experts, Matrix, WeightFormat};
+pub use crate::packed::{ImageError, ImageKey, PackedMatrix};
 pub use crate::tensor::Tensor;
 
 use crate::attention::Attention;
@@ -51,7 +56,7 @@ use crate::kv::RopeStoreKv;
 use crate::linear::Linear;
 use crate::numbers::Element;
 use crate::operand::{Operand, Scratch};
-use crate::packed::PANEL_ROWS;
+use crate::packed::{PANEL_ROWS, Packer};
 use crate::team::Team;
 use crate::tensor::Values;
 
@@ -70,6 +75,7 @@ pub struct CpuOptions {
 pub struct Cpu {
     isa: Isa,
     weights: WeightFormat,
+    packer: Packer,
     team: Team,
     scratch: Scratch,
     batch: Batch,
@@ -96,11 +102,30 @@ impl Cpu {
         Self {
             isa,
             weights: options.weights,
+            packer: Packer::default(),
             team: Team::new(num_threads),
             scratch: Scratch::default(),
             batch: Batch::new(),
             sampled: Vec::new(),
         }
+    }
+
+    /// Takes quantised matrices from an image (see [`write_image`]) instead of quantising, in the order in which they
+    /// are asked for. What the image does not have is quantised as ever.
+    ///
+    /// # Errors
+    /// [`ImageError`] if the image was made of something else than `key`, in another format, or is damaged.
+    ///
+    /// # Panics
+    /// If the weights are kept in bf16.
+    pub fn use_image(&mut self, image: Bytes, key: ImageKey) -> Result<(), ImageError> {
+        let format = self.weights.packed().expect("bf16 weights are mapped as they are");
+        self.packer.use_image(image, format, key, &mut self.team)
+    }
+
+    /// Hands out every matrix that is quantised from now on, for [`write_image`].
+    pub fn record(&mut self) -> Receiver<PackedMatrix> {
+        self.packer.record()
     }
 
     /// Output columns of a task: a panel of a quantised matrix; otherwise so that every thread gets several tasks, a
@@ -119,6 +144,23 @@ impl Cpu {
         const MIN_ELEMENTS: usize = 1 << 14;
         rows.div_ceil(4 * self.team.num_threads()).max(MIN_ELEMENTS / features).max(1)
     }
+}
+
+/// Writes recorded matrices as an image for [`Cpu::use_image`], from the start of `out`; whoever calls this replaces
+/// files atomically.
+///
+/// # Errors
+/// Of `out`.
+///
+/// # Panics
+/// If the format is bf16.
+pub fn write_image(
+    out: &mut (impl Write + Seek),
+    format: WeightFormat,
+    key: ImageKey,
+    matrices: impl IntoIterator<Item = PackedMatrix>,
+) -> io::Result<()> {
+    packed::write_image(out, format.packed().expect("bf16 weights are mapped as they are"), key, matrices)
 }
 
 /// Computes a linear layer into `rows` rows of `out`.
@@ -178,11 +220,11 @@ impl Backend for Cpu {
             MatrixUse::Exact => WeightFormat::Bf16,
             MatrixUse::Product => self.weights,
         };
-        Matrix::new(parts, format, self.isa, &mut self.team)
+        Matrix::new(parts, format, &mut self.packer, self.isa, &mut self.team)
     }
 
     fn experts(&mut self, view: &ExpertsView) -> Result<Experts, BackendError> {
-        Experts::new(view, self.weights, self.isa, &mut self.team)
+        Experts::new(view, self.weights, &mut self.packer, self.isa, &mut self.team)
     }
 
     fn rope(&mut self, table: &RopeTable) -> Result<RopeTable, BackendError> {

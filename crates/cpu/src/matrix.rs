@@ -16,7 +16,7 @@ use crate::grid::Grid;
 use crate::isa::Isa;
 use crate::numbers::Element;
 use crate::operand::Operand;
-use crate::packed::{Packed, PackedFormat};
+use crate::packed::{Packed, PackedFormat, Packer};
 use crate::simd::Simd;
 use crate::team::Team;
 use crate::tensor::Buffer;
@@ -76,6 +76,15 @@ impl WeightFormat {
         }
     }
 
+    /// The packed format; `None` for bf16.
+    pub(crate) fn packed(self) -> Option<PackedFormat> {
+        match self {
+            Self::Bf16 => None,
+            Self::Q8 => Some(PackedFormat::Q8),
+            Self::Q4 => Some(PackedFormat::Q4),
+        }
+    }
+
     /// Bits of a weight, its share of a scale included.
     pub fn bits(self) -> f64 {
         match self {
@@ -97,15 +106,15 @@ impl Matrix {
     pub(crate) fn new(
         views: &[WeightView],
         format: WeightFormat,
+        packer: &mut Packer,
         isa: Isa,
         team: &mut Team,
     ) -> Result<Self, BackendError> {
         let cols = views[0].cols;
         assert!(views.iter().all(|view| view.cols == cols), "stacked matrices have one width");
-        let storage = match format {
-            WeightFormat::Bf16 => Storage::Bf16(Part::stack(views, team)?),
-            WeightFormat::Q8 => Storage::Packed(Packed::new(PackedFormat::Q8, views, isa, team)?),
-            WeightFormat::Q4 => Storage::Packed(Packed::new(PackedFormat::Q4, views, isa, team)?),
+        let storage = match format.packed() {
+            None => Storage::Bf16(Part::stack(views, team)?),
+            Some(format) => Storage::Packed(packer.pack(format, views, isa, team)?),
         };
         Ok(Self { rows: views.iter().map(|view| view.rows).sum(), cols, storage })
     }
@@ -192,11 +201,15 @@ impl Experts {
     pub(crate) fn new(
         view: &ExpertsView,
         format: WeightFormat,
+        packer: &mut Packer,
         isa: Isa,
         team: &mut Team,
     ) -> Result<Self, BackendError> {
         let mut matrices = |views: &[WeightView]| -> Result<Vec<Matrix>, BackendError> {
-            views.iter().map(|view| Matrix::new(std::slice::from_ref(view), format, isa, team)).collect()
+            views
+                .iter()
+                .map(|view| Matrix::new(std::slice::from_ref(view), format, packer, isa, team))
+                .collect()
         };
         Ok(Self { gate: matrices(&view.gate)?, up: matrices(&view.up)?, down: matrices(&view.down)? })
     }
@@ -269,8 +282,9 @@ mod tests {
     #[track_caller]
     fn check(view: &WeightView, mapped: bool) {
         let mut team = Team::new(2);
-        let format = WeightFormat::Bf16;
-        let matrix = Matrix::new(std::slice::from_ref(view), format, Isa::Portable, &mut team).unwrap();
+        let (format, mut packer) = (WeightFormat::Bf16, Packer::default());
+        let views = std::slice::from_ref(view);
+        let matrix = Matrix::new(views, format, &mut packer, Isa::Portable, &mut team).unwrap();
         let got: Vec<bf16> = (0..matrix.rows()).flat_map(|row| matrix.row(row)).copied().collect();
         assert_eq!(got, view.to_bf16());
         let Storage::Bf16(parts) = &matrix.storage else { panic!("bf16 is stored as bf16") };

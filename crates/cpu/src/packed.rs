@@ -14,15 +14,20 @@
 //! | q4 | `scale · (stored - 8)`, -8..=7 | 4.5 |
 //!
 //! A product is specified to the bit, see [`Panels::dot`], and so is quantisation: both are the same on every
-//! instruction set. This module does not know files; what is packed here lives in memory.
+//! instruction set, and so are the [`image`]s that spare the next start the work.
 
 mod block;
 mod dot;
+mod image;
 mod quantise;
 
+use std::io::{self, Seek, Write};
+use std::marker::PhantomData;
 use std::ops::Range;
+use std::sync::mpsc::{Receiver, Sender, channel};
 
 use backend::{BackendError, WeightView};
+use bytes::Bytes;
 
 use crate::dot::{MAX_TOKENS, Sums};
 use crate::grid::{Grid, Tile};
@@ -34,6 +39,8 @@ use crate::simd::{QUAD_ROWS, Simd};
 use crate::team::Team;
 use crate::tensor::Buffer;
 use block::{Block, Q4Block, Q8Block};
+use image::Image;
+pub use image::{ImageError, ImageKey, PackedMatrix};
 
 /// Columns that share a scale.
 pub(crate) const GROUP: usize = 32;
@@ -43,8 +50,15 @@ pub(crate) const PANEL_ROWS: usize = 2 * QUAD_ROWS;
 /// The formats of a quantised matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum PackedFormat {
-    Q8,
-    Q4,
+    Q8 = 8,
+    Q4 = 4,
+}
+
+/// Makes quantised matrices, or takes them from an image of an earlier load.
+#[derive(Default)]
+pub(crate) struct Packer {
+    image: Option<Image>,
+    recorder: Option<Sender<PackedMatrix>>,
 }
 
 /// A quantised matrix.
@@ -56,24 +70,81 @@ pub(crate) enum Packed {
 /// A matrix in blocks of one format.
 pub(crate) struct Panels<B> {
     num_groups: usize,
-    /// `[panel][group]`; rows and columns beyond the matrix are zeros.
-    blocks: Buffer<B>,
+    /// `[panel][group]` blocks; rows and columns beyond the matrix are zeros.
+    blocks: Bytes,
+    block: PhantomData<B>,
 }
 
-impl Packed {
-    /// Quantises views of one width, stacked along their rows.
+impl Packer {
+    /// Takes matrices from an image from now on.
+    ///
+    /// # Errors
+    /// [`ImageError`] if it cannot be used.
+    pub(crate) fn use_image(
+        &mut self,
+        bytes: Bytes,
+        format: PackedFormat,
+        key: ImageKey,
+        team: &mut Team,
+    ) -> Result<(), ImageError> {
+        self.image = Some(Image::open(bytes, format, key, team)?);
+        Ok(())
+    }
+
+    /// Hands out every matrix that is quantised from now on.
+    pub(crate) fn record(&mut self) -> Receiver<PackedMatrix> {
+        let (sender, receiver) = channel();
+        self.recorder = Some(sender);
+        receiver
+    }
+
+    /// Makes a matrix of views of one width, stacked along their rows.
     ///
     /// # Errors
     /// [`BackendError::OutOfMemory`] if there is no room.
-    pub(crate) fn new(
+    pub(crate) fn pack(
+        &mut self,
         format: PackedFormat,
         views: &[WeightView],
         isa: Isa,
         team: &mut Team,
-    ) -> Result<Self, BackendError> {
+    ) -> Result<Packed, BackendError> {
+        let (rows, cols) = (views.iter().map(|view| view.rows).sum(), views[0].cols);
+        let known = self.image.as_mut().and_then(|image| image.next(rows, cols));
+        if let Some(packed) = known.and_then(|blocks| Packed::from_blocks(format, rows, cols, blocks)) {
+            return Ok(packed);
+        }
+        let blocks = match format {
+            PackedFormat::Q8 => pack_views::<Q8Block>(views, isa, team),
+            PackedFormat::Q4 => pack_views::<Q4Block>(views, isa, team),
+        }?;
+        if let Some(recorder) = &self.recorder {
+            // Nobody listens any more: then nobody wants it.
+            let _ = recorder.send(PackedMatrix { rows, cols, blocks: blocks.clone() });
+        }
+        Ok(Packed::from_blocks(format, rows, cols, blocks).expect("blocks as many as the shape has"))
+    }
+}
+
+/// Writes recorded matrices as an image, from the start of `out`.
+///
+/// # Errors
+/// Of `out`.
+pub(crate) fn write_image(
+    out: &mut (impl Write + Seek),
+    format: PackedFormat,
+    key: ImageKey,
+    matrices: impl IntoIterator<Item = PackedMatrix>,
+) -> io::Result<()> {
+    image::write(out, format, key, matrices)
+}
+
+impl Packed {
+    /// Wraps the blocks of a matrix; `None` if they are not as many as its shape has.
+    fn from_blocks(format: PackedFormat, rows: usize, cols: usize, blocks: Bytes) -> Option<Self> {
         match format {
-            PackedFormat::Q8 => Panels::new(views, isa, team).map(Self::Q8),
-            PackedFormat::Q4 => Panels::new(views, isa, team).map(Self::Q4),
+            PackedFormat::Q8 => Panels::from_blocks(rows, cols, blocks).map(Self::Q8),
+            PackedFormat::Q4 => Panels::from_blocks(rows, cols, blocks).map(Self::Q4),
         }
     }
 
@@ -111,21 +182,29 @@ impl Packed {
 }
 
 impl<B: Block> Panels<B> {
-    fn new(views: &[WeightView], isa: Isa, team: &mut Team) -> Result<Self, BackendError> {
-        let num_rows: usize = views.iter().map(|view| view.rows).sum();
-        let num_groups = views[0].cols.div_ceil(GROUP);
-        let num_blocks = num_rows.div_ceil(PANEL_ROWS) * num_groups;
-        let mut blocks = Buffer::<B>::zeroed("a quantised matrix", num_blocks)?;
-        blocks.prefer_huge_pages();
-        team.for_each(Grid::row_bands(&mut blocks, num_groups, 1), |panels| isa.run(Pack { views, panels }));
-        Ok(Self { num_groups, blocks })
+    fn from_blocks(rows: usize, cols: usize, blocks: Bytes) -> Option<Self> {
+        let num_groups = cols.div_ceil(GROUP);
+        let num_blocks = bytemuck::try_cast_slice::<u8, B>(&blocks).ok()?.len();
+        let fits = num_blocks == rows.div_ceil(PANEL_ROWS) * num_groups;
+        fits.then_some(Self { num_groups, blocks, block: PhantomData })
     }
 
     /// The blocks of one panel.
     #[inline(always)]
     fn panel(&self, panel: usize) -> &[B] {
-        &self.blocks[panel * self.num_groups..][..self.num_groups]
+        &bytemuck::cast_slice(&self.blocks)[panel * self.num_groups..][..self.num_groups]
     }
+}
+
+/// Quantises stacked views on all threads.
+fn pack_views<B: Block>(views: &[WeightView], isa: Isa, team: &mut Team) -> Result<Bytes, BackendError> {
+    let num_rows: usize = views.iter().map(|view| view.rows).sum();
+    let num_groups = views[0].cols.div_ceil(GROUP);
+    let num_blocks = num_rows.div_ceil(PANEL_ROWS) * num_groups;
+    let mut blocks = Buffer::<B>::zeroed("a quantised matrix", num_blocks)?;
+    blocks.prefer_huge_pages();
+    team.for_each(Grid::row_bands(&mut blocks, num_groups, 1), |panels| isa.run(Pack { views, panels }));
+    Ok(Bytes::from_owner(blocks))
 }
 
 /// Quantises the rows of the panels that the tile covers.
@@ -208,7 +287,7 @@ mod tests {
         let view = |rows, seed| WeightView { rows, cols: len, dtype: WeightType::Bf16, data: data(seed) };
         let views = [view(num_rows, 1), view(3, 2)];
         let mut team = Team::new(2);
-        let packed = Packed::new(format, &views, isa, &mut team).unwrap();
+        let packed = Packer::default().pack(format, &views, isa, &mut team).unwrap();
 
         let quantise = |weights: &[bf16]| {
             let mut padded = [0.0; GROUP];
@@ -264,13 +343,42 @@ mod tests {
     }
 
     #[test]
+    fn an_image_gives_the_same_matrices_without_the_weights() {
+        let view = |rows, mean| {
+            let data = WeightData::Dummy { seed: 1, mean, std: 1.0 };
+            WeightView { rows, cols: 70, dtype: WeightType::Bf16, data }
+        };
+        let mut team = Team::new(2);
+        let isa = Isa::detect();
+        let mut packer = Packer::default();
+        let recorded = packer.record();
+        let mut pack = |packer: &mut Packer, rows, mean| {
+            let Packed::Q4(panels) =
+                packer.pack(PackedFormat::Q4, &[view(rows, mean)], isa, &mut team).unwrap()
+            else {
+                panic!("q4 was asked for")
+            };
+            panels.blocks
+        };
+        let first = [pack(&mut packer, 40, 0.0), pack(&mut packer, 8, 0.0)];
+        let mut file = std::io::Cursor::new(Vec::new());
+        write_image(&mut file, PackedFormat::Q4, [1, 2], recorded.try_iter()).unwrap();
+
+        let mut packer = Packer::default();
+        packer.use_image(file.into_inner().into(), PackedFormat::Q4, [1, 2], &mut Team::new(2)).unwrap();
+        // Other weights prove that the image was taken; a shape that it does not have, that it is not trusted.
+        assert_eq!(pack(&mut packer, 40, 5.0), first[0]);
+        assert_ne!(pack(&mut packer, 80, 0.0).len(), first[1].len());
+    }
+
+    #[test]
     fn what_is_not_finite_reaches_the_result() {
         let data = WeightData::Dummy { seed: 1, mean: 0.0, std: 1.0 };
         let view = WeightView { rows: 8, cols: 64, dtype: WeightType::Bf16, data };
         let mut team = Team::new(1);
         for bad in [f32::NAN, f32::INFINITY] {
-            let packed =
-                Packed::new(PackedFormat::Q8, std::slice::from_ref(&view), Isa::detect(), &mut team).unwrap();
+            let views = std::slice::from_ref(&view);
+            let packed = Packer::default().pack(PackedFormat::Q8, views, Isa::detect(), &mut team).unwrap();
             let mut x = Tensor::new(1, 64, backend::DType::Bf16).unwrap();
             let mut values = [1.0; 64];
             values[9] = bad;

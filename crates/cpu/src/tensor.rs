@@ -43,6 +43,13 @@ impl<T: Pod> Buffer<T> {
     }
 }
 
+/// The bytes, so that a buffer can be shared as `Bytes`.
+impl<T> AsRef<[u8]> for Buffer<T> {
+    fn as_ref(&self) -> &[u8] {
+        &self.map[..self.len * size_of::<T>()]
+    }
+}
+
 impl<T: Pod> Deref for Buffer<T> {
     type Target = [T];
 

@@ -2,8 +2,8 @@
 //! equal requests may answer differently.
 
 use anyhow::Result;
-use cpu::Isa;
-use model::mix64;
+use cpu::{ImageKey, Isa};
+use model::{ModelFiles, mix64};
 
 use crate::load::Model;
 use crate::settings::Settings;
@@ -18,7 +18,7 @@ const TEXT_FILES: [&str; 5] = [
 ];
 /// Places of a weight file that are looked at, and bytes at each: enough to tell two fine-tunes apart, and next to
 /// no reading.
-const NUM_SAMPLES: usize = 64;
+const NUM_SAMPLES: usize = 256;
 const SAMPLE_BYTES: usize = 64;
 
 /// Hashes the program's version, the instruction set, the model's text files, and the format and a sample of its
@@ -30,15 +30,19 @@ pub(crate) fn of(model: &Model, settings: &Settings) -> Result<String> {
     for name in TEXT_FILES {
         hash.add(&model.files.read(name)?.unwrap_or_default());
     }
-    for name in model.files.names_ending_in(".safetensors") {
-        let bytes = model.files.map(&name)?;
-        hash.add(&bytes.len().to_le_bytes());
-        for sample in 0..NUM_SAMPLES {
-            let start = bytes.len().saturating_sub(SAMPLE_BYTES) / NUM_SAMPLES * sample;
-            hash.add(&bytes[start..(start + SAMPLE_BYTES).min(bytes.len())]);
-        }
-    }
+    hash.add_weights(&model.files)?;
     Ok(format!("fp_{:012x}", hash.0 >> 16))
+}
+
+/// Identifies a model's weights: its configuration and a sample of its weight files.
+pub(crate) fn of_weights(files: &ModelFiles) -> Result<ImageKey> {
+    let config = files.read("config.json")?.unwrap_or_default();
+    let mut key = [Hash(0), Hash(1)];
+    for hash in &mut key {
+        hash.add(&config);
+        hash.add_weights(files)?;
+    }
+    Ok(key.map(|hash| hash.0))
 }
 
 /// A running hash; equal inputs only, no adversary.
@@ -52,5 +56,17 @@ impl Hash {
             word[..chunk.len()].copy_from_slice(chunk);
             self.0 = mix64(self.0 ^ u64::from_le_bytes(word));
         }
+    }
+
+    fn add_weights(&mut self, files: &ModelFiles) -> Result<()> {
+        for name in files.names_ending_in(".safetensors") {
+            let bytes = files.map(&name)?;
+            self.add(&bytes.len().to_le_bytes());
+            for sample in 0..NUM_SAMPLES {
+                let start = bytes.len().saturating_sub(SAMPLE_BYTES) / NUM_SAMPLES * sample;
+                self.add(&bytes[start..(start + SAMPLE_BYTES).min(bytes.len())]);
+            }
+        }
+        Ok(())
     }
 }

@@ -10,6 +10,7 @@ use tracing::info;
 
 use crate::inspect::{automatic_format, bytes};
 use crate::memory;
+use crate::packed_file::PackedFile;
 use crate::progress::Progress;
 use crate::settings::Settings;
 
@@ -53,7 +54,12 @@ impl Model {
             bail!("device is \"{}\", and this build runs on \"cpu\" (or \"auto\")", settings.device);
         }
         let num_threads = (settings.threads > 0).then_some(settings.threads);
-        let backend = Cpu::new(CpuOptions { num_threads, isa: None, weights: self.weights });
+        let mut backend = Cpu::new(CpuOptions { num_threads, isa: None, weights: self.weights });
+        let file = PackedFile::of(self, settings)?;
+        let to_be_written = match file {
+            Some(file) if !file.use_in(&mut backend) => Some((file, backend.record())),
+            _ => None,
+        };
         let options = self.runner_options(settings)?;
         let source = match settings.dummy_seed()? {
             Some(seed) => WeightSource::Dummy { seed },
@@ -78,6 +84,9 @@ impl Model {
             backend = runner.describe_backend(),
             "loaded"
         );
+        if let Some((file, matrices)) = to_be_written {
+            file.write(matrices.try_iter());
+        }
         Ok(Box::new(runner))
     }
 

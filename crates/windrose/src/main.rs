@@ -1,7 +1,7 @@
 //! The command line of Windrose, and the one place where its crates meet.
 //!
-//! `serve` (what runs without a subcommand), `generate` and `inspect` share one set of settings, which come from
-//! `config.toml` (see [`settings`]). Nothing here is worth testing alone except the settings themselves.
+//! `serve` (what runs without a subcommand), `generate`, `inspect` and `quantize` share one set of settings, which
+//! come from `config.toml` (see [`settings`]). Nothing here is worth testing alone except the settings themselves.
 #![forbid(unsafe_code)]
 
 mod fingerprint;
@@ -9,7 +9,9 @@ mod generate;
 mod inspect;
 mod load;
 mod memory;
+mod packed_file;
 mod progress;
+mod quantize;
 mod serve;
 mod settings;
 
@@ -45,6 +47,7 @@ fn command() -> Command {
         .value_name("FILE")
         .value_parser(value_parser!(PathBuf))
         .help("A file with the settings that differ from config.toml's defaults");
+    let model = Arg::new("path").value_name("MODEL").help("Its directory [default: the setting `model`]");
     let serve = Command::new("serve").about("Serves a model behind OpenAI's API (the default)");
     Command::new("windrose")
         .about("Serves sparse mixture-of-experts models of the Mixtral family behind OpenAI's API")
@@ -57,9 +60,12 @@ fn command() -> Command {
         .subcommand(
             Command::new("inspect")
                 .about("Says what a model is: experts, parameters, bytes, and how many tokens fit here")
-                .arg(
-                    Arg::new("path").value_name("MODEL").help("Its directory [default: the setting `model`]"),
-                ),
+                .arg(model.clone()),
+        )
+        .subcommand(
+            Command::new("quantize")
+                .about("Quantises a model's weights to q8 (or --weights q4) ahead of its first start")
+                .arg(model),
         )
 }
 
@@ -78,15 +84,23 @@ fn run(matches: &ArgMatches) -> Result<()> {
             start_log(&settings, "warn")?;
             generate::run(&settings, arguments)
         }
+        "quantize" => {
+            start_log(&settings, &settings.log)?;
+            settings.model = model_path(arguments, &settings);
+            quantize::run(&mut settings)
+        }
         _ => {
-            if let Some(path) = arguments.get_one::<String>("path") {
-                settings.model.clone_from(path);
-            }
+            settings.model = model_path(arguments, &settings);
             let model = Model::find(&settings)?;
             print!("{}", inspect::page(&model.name, &model.config, memory::available_bytes()));
             Ok(())
         }
     }
+}
+
+/// The model named on the command line, or in the settings.
+fn model_path(arguments: &ArgMatches, settings: &Settings) -> String {
+    arguments.get_one::<String>("path").unwrap_or(&settings.model).clone()
 }
 
 /// Logs to standard error, so that standard output has only what was asked for.

@@ -26,6 +26,7 @@ pub(crate) struct Settings {
     pub(crate) max_model_len: usize,
     pub(crate) device: String,
     pub(crate) weights: String,
+    pub(crate) packed_dir: String,
     pub(crate) threads: usize,
     pub(crate) kv_cache_mib: usize,
     pub(crate) block_size: usize,
