@@ -8,10 +8,9 @@ import random
 
 import openai
 import pytest
+from scores import EVAL, SKILLS, examples_of, num_right
 from windrose import REPOSITORY, Server, wait_for
 
-EVAL = REPOSITORY / "crates/demo/eval"
-SKILLS = sorted(file.stem for file in EVAL.glob("*.jsonl"))
 NUM_STREAMS = 64
 NUM_ABORTED = 500
 
@@ -110,29 +109,6 @@ def test_a_full_queue_says_when_to_come_back(start) -> None:
     assert all(int(error.response.headers["retry-after"]) >= 1 for error in refused)
 
 
-def examples_of(skill: str) -> list[dict]:
-    return [json.loads(line) for line in (EVAL / f"{skill}.jsonl").read_text().splitlines()]
-
-
-def num_right(server: Server, examples: list[dict]) -> int:
-    """How many held-out prompts are answered exactly, greedily and all at once."""
-
-    async def answer(client: openai.AsyncOpenAI, example: dict) -> bool:
-        completion = await client.completions.create(
-            model="windrose-demo",
-            prompt=example["prompt_ids"],
-            max_tokens=example["max_tokens"],
-            temperature=0,
-        )
-        return completion.choices[0].text.strip() == example["expected"].strip()
-
-    async def run() -> int:
-        client = server.async_client()
-        return sum(await asyncio.gather(*(answer(client, example) for example in examples)))
-
-    return asyncio.run(run())
-
-
 @pytest.mark.parametrize("skill", SKILLS)
 def test_the_demo_model_keeps_its_scores(server: Server, skill: str) -> None:
     """Exact match over HTTP equals the committed score, which `transformers` gave in f32.
@@ -146,17 +122,3 @@ def test_the_demo_model_keeps_its_scores(server: Server, skill: str) -> None:
     expected = round(committed["scores"][skill]["exact_match"] * len(examples))
     print(f"{skill}: {right} of {len(examples)} right, {expected} committed")
     assert abs(right - expected) <= 2
-
-
-@pytest.mark.parametrize(("weights", "points"), [("q8", 0.5), ("q4", 2.0)])
-def test_quantised_weights_keep_the_scores(server: Server, start, weights: str, points: float) -> None:
-    """All skills together lose at most so many points of a hundred against bf16."""
-    quantised: Server = start("--weights", weights, "--max-queued-requests", "2000")
-    counts = []
-    for skill in SKILLS:
-        examples = examples_of(skill)
-        counts.append((len(examples), num_right(server, examples), num_right(quantised, examples)))
-        print(f"{skill}: bf16 {counts[-1][1]}, {weights} {counts[-1][2]} of {len(examples)}")
-    total, exact, right = map(sum, zip(*counts, strict=True))
-    print(f"all: bf16 {exact}, {weights} {right} of {total}")
-    assert 100 * (exact - right) / total <= points
