@@ -24,22 +24,31 @@ const BF16_TOLERANCE: f32 = 1.0 / 128.0;
 /// # Panics
 /// If a verb deviates from the reference or a row from itself in another batch.
 pub fn check_all<B: Backend>(new: impl Fn() -> B) {
-    check_all_quantised(new, 0.0);
+    check_all_quantised(new, Quantisation::default());
 }
 
-/// The same for a backend that quantises the weights of its products: these may deviate by `quantisation`, a share
-/// of the root mean square of their results, beyond the usual tolerance. Everything else is as exact as ever.
+/// How far what a backend quantises may deviate beyond the usual tolerance, as shares of the root mean square of the
+/// results.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Quantisation {
+    /// Products with the weights of [`MatrixUse::Product`] and of experts.
+    pub products: f32,
+    /// Attention over the cached keys and values.
+    pub attention: f32,
+}
+
+/// The same for a backend that quantises; everything else is as exact as ever.
 ///
 /// # Panics
 /// As [`check_all`].
-pub fn check_all_quantised<B: Backend>(new: impl Fn() -> B, quantisation: f32) {
+pub fn check_all_quantised<B: Backend>(new: impl Fn() -> B, quantisation: Quantisation) {
     check_elementwise(&mut new());
-    check_linear(&mut new(), quantisation);
+    check_linear(&mut new(), quantisation.products);
     check_linear_rows_are_independent(&mut new());
     check_embed_and_gather(&mut new());
     check_route(&mut new());
-    check_experts(&mut new(), quantisation);
-    check_attention(&mut new());
+    check_experts(&mut new(), quantisation.products);
+    check_attention(&mut new(), quantisation.attention);
     check_attention_is_independent_of_chunking(&mut new());
     check_sample(&mut new());
 }
@@ -71,12 +80,12 @@ fn stored(rows: usize, cols: usize, values: &[f32]) -> WeightView {
 
 #[track_caller]
 fn assert_close(what: &str, got: &[f32], expected: &[f32], dtype: DType) {
-    assert_product(what, got, expected, dtype, 0.0);
+    assert_deviation(what, got, expected, dtype, 0.0);
 }
 
-/// As [`assert_close`] for a matrix product, which may deviate by `quantisation` beside its rounding.
+/// As [`assert_close`] for what may deviate by `quantisation` beside its rounding.
 #[track_caller]
-fn assert_product(what: &str, got: &[f32], expected: &[f32], dtype: DType, quantisation: f32) {
+fn assert_deviation(what: &str, got: &[f32], expected: &[f32], dtype: DType, quantisation: f32) {
     assert_eq!(got.len(), expected.len(), "{what}: number of values");
     let mean_square = expected.iter().map(|x| x * x).sum::<f32>() / expected.len().max(1) as f32;
     let rms = mean_square.sqrt();
@@ -175,7 +184,7 @@ fn check_linear<B: Backend>(backend: &mut B, quantisation: f32) {
                 let expected = linear(&mut Reference::new(), &x, &parts, dtype);
                 let case =
                     format!("linear [{rows}, {features}] x [{out_features} + 3, {features}] {dtype:?}");
-                assert_product(&case, &got, &expected, dtype, quantisation);
+                assert_deviation(&case, &got, &expected, dtype, quantisation);
             }
         }
     }
@@ -317,7 +326,7 @@ fn check_experts<B: Backend>(backend: &mut B, quantisation: f32) {
         let [act, out] = case.run(backend, &case.x);
         let [expected_act, expected_out] = case.run(&mut Reference::new(), &case.x);
         let name = format!("{tokens} tokens, hidden {hidden}, ffn {ffn}, {shape:?}");
-        assert_product(&format!("experts_gate_up {name}"), &act, &expected_act, DType::Bf16, quantisation);
+        assert_deviation(&format!("experts_gate_up {name}"), &act, &expected_act, DType::Bf16, quantisation);
         // The activations' own rounding passes through the product, so the bound is that of bf16.
         let rms = (expected_out.iter().map(|x| x * x).sum::<f32>() / expected_out.len() as f32).sqrt();
         let worst = out.iter().zip(&expected_out).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
@@ -377,14 +386,15 @@ fn attention_cases() -> Vec<AttentionCase> {
     ]
 }
 
-fn check_attention<B: Backend>(backend: &mut B) {
+fn check_attention<B: Backend>(backend: &mut B, quantisation: f32) {
     for case in attention_cases() {
         let batch = fresh_batch(&[1, 17, 4, 33], case.block_size, 8);
         let qkv = Values(6).take(batch.num_tokens() * case.shape.qkv_features());
         let steps = [(batch, qkv)];
         let got = case.run(backend, &steps);
         let expected = case.run(&mut Reference::new(), &steps);
-        assert_close(&format!("attention {:?}", case.shape), &got, &expected, DType::Bf16);
+        let what = format!("attention {:?}", case.shape);
+        assert_deviation(&what, &got, &expected, DType::Bf16, quantisation);
     }
 }
 

@@ -46,6 +46,7 @@ fn main() {
                 num_threads: Some(num_threads),
                 isa: Some(isa),
                 weights,
+                ..CpuOptions::default()
             })
         });
         for options in options {

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! keys, values   [kv_head][slot][head_dim]    slot = block * block_size + offset
+//! scales         [kv_head][slot]              of 8-bit heads, one for a head of a token
 //! ```
 //!
 //! A kv head's plane is contiguous, so the task that owns the head owns its memory, and the keys of
@@ -10,22 +11,64 @@
 use backend::{AttentionShape, BackendError, RopeTable};
 use half::bf16;
 
-use crate::grid::Tile;
+use crate::grid::{Grid, Tile, Tiles};
 use crate::isa::Kernel;
-use crate::numbers::Element;
+use crate::numbers::{Element, nearest_i8};
 use crate::simd::Simd;
 use crate::tensor::{Buffer, Rows};
 
 /// Most features of a head: attention keeps its accumulators on the stack.
 pub(crate) const MAX_HEAD_DIM: usize = 256;
 
+/// In which format keys and values are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvFormat {
+    /// 16 bits a feature.
+    #[default]
+    Bf16,
+    /// 8 bits a feature, and 32 for a token's head.
+    Q8,
+}
+
+impl KvFormat {
+    /// All formats, the most precise first.
+    pub const ALL: [Self; 2] = [Self::Bf16, Self::Q8];
+
+    /// The name in settings and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Bf16 => "bf16",
+            Self::Q8 => "q8",
+        }
+    }
+
+    /// Bytes of one head's key, or value, of one token.
+    pub fn head_bytes(self, head_dim: usize) -> usize {
+        match self {
+            Self::Bf16 => 2 * head_dim,
+            Self::Q8 => head_dim + 4,
+        }
+    }
+}
+
 /// One layer's cache.
 pub struct KvCache {
     pub(crate) shape: AttentionShape,
     pub(crate) block_size: usize,
-    pub(crate) num_slots: usize,
-    pub(crate) keys: Buffer<bf16>,
-    pub(crate) values: Buffer<bf16>,
+    num_slots: usize,
+    pub(crate) storage: KvStorage,
+}
+
+/// The planes of all kv heads.
+pub(crate) enum KvStorage {
+    Bf16 { keys: Buffer<bf16>, values: Buffer<bf16> },
+    Q8 { keys: Q8Heads, values: Q8Heads },
+}
+
+/// Heads in 8 bits: feature `i` is `features[i] · scale`.
+pub(crate) struct Q8Heads {
+    pub(crate) features: Buffer<i8>,
+    pub(crate) scales: Buffer<f32>,
 }
 
 impl KvCache {
@@ -38,6 +81,7 @@ impl KvCache {
         shape: AttentionShape,
         num_blocks: usize,
         block_size: usize,
+        format: KvFormat,
     ) -> Result<Self, BackendError> {
         if shape.head_dim > MAX_HEAD_DIM {
             let what = format!("a head_dim of {}, more than {MAX_HEAD_DIM}", shape.head_dim);
@@ -45,10 +89,18 @@ impl KvCache {
         }
         assert!(shape.num_heads.is_multiple_of(shape.num_kv_heads) && shape.head_dim.is_multiple_of(2));
         let num_slots = num_blocks * block_size;
-        let len = num_slots * shape.kv_features();
-        let keys = Buffer::zeroed("the key cache", len)?;
-        let values = Buffer::zeroed("the value cache", len)?;
-        Ok(Self { shape, block_size, num_slots, keys, values })
+        let (len, num_heads) = (num_slots * shape.kv_features(), num_slots * shape.num_kv_heads);
+        let q8 = |what| {
+            Ok(Q8Heads { features: Buffer::zeroed(what, len)?, scales: Buffer::zeroed(what, num_heads)? })
+        };
+        let (keys, values) = ("the key cache", "the value cache");
+        let storage = match format {
+            KvFormat::Bf16 => {
+                KvStorage::Bf16 { keys: Buffer::zeroed(keys, len)?, values: Buffer::zeroed(values, len)? }
+            }
+            KvFormat::Q8 => KvStorage::Q8 { keys: q8(keys)?, values: q8(values)? },
+        };
+        Ok(Self { shape, block_size, num_slots, storage })
     }
 
     /// Query heads that share a kv head.
@@ -60,32 +112,77 @@ impl KvCache {
     pub(crate) fn plane_len(&self) -> usize {
         self.num_slots * self.shape.head_dim
     }
+
+    /// Scales of one kv head's plane.
+    pub(crate) fn num_slots(&self) -> usize {
+        self.num_slots
+    }
+}
+
+impl Q8Heads {
+    /// The planes, one for each kv head.
+    pub(crate) fn planes(&mut self, plane_len: usize, num_slots: usize) -> impl Tiles<Tile = Q8Plane<'_>> {
+        (Grid::row_bands(&mut self.features, plane_len, 1), Grid::row_bands(&mut self.scales, num_slots, 1))
+    }
+}
+
+/// One kv head's plane in 8 bits: features and scales.
+pub(crate) type Q8Plane<'a> = (Tile<'a, i8>, Tile<'a, f32>);
+
+/// One kv head's plane, to be written.
+pub(crate) trait Plane {
+    /// Stores a token's head.
+    fn store(&mut self, slot: usize, head: &[f32]);
+}
+
+impl Plane for Tile<'_, bf16> {
+    #[inline(always)]
+    fn store(&mut self, slot: usize, head: &[f32]) {
+        let plane = self.row(self.rows().start);
+        let stored = plane[slot * head.len()..][..head.len()].iter_mut();
+        stored.zip(head).for_each(|(stored, &x)| *stored = Element::from_f32(x));
+    }
+}
+
+impl Plane for Q8Plane<'_> {
+    #[inline(always)]
+    fn store(&mut self, slot: usize, head: &[f32]) {
+        let (features, scales) = self;
+        // Magnitudes are ordered like their bits, and above all numbers comes what is not one.
+        let bits = head.iter().map(|x| x.to_bits() & 0x7fff_ffff).fold(0, u32::max);
+        let largest = f32::from_bits(bits);
+        let scale = if largest.is_finite() { largest / 127.0 } else { f32::NAN };
+        let factor = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+        let kv_head = features.rows().start;
+        scales.row(kv_head)[slot] = scale;
+        let stored = features.row(kv_head)[slot * head.len()..][..head.len()].iter_mut();
+        stored.zip(head).for_each(|(stored, &x)| *stored = nearest_i8(x * factor));
+    }
 }
 
 /// Turns the queries and the key of one kv head's group and stores its keys and values, for all tokens.
 ///
-/// The tile of `q` covers the group's columns; those of `keys` and `values` are the head's planes.
-pub(crate) struct RopeStoreKv<'a> {
+/// The tile of `q` covers the group's columns.
+pub(crate) struct RopeStoreKv<'a, P> {
     pub(crate) shape: AttentionShape,
     pub(crate) qkv: Rows<'a, f32>,
     pub(crate) rope: &'a RopeTable,
     pub(crate) positions: &'a [u32],
     pub(crate) slot_mapping: &'a [u32],
     pub(crate) q: Tile<'a, bf16>,
-    pub(crate) keys: Tile<'a, bf16>,
-    pub(crate) values: Tile<'a, bf16>,
+    pub(crate) keys: P,
+    pub(crate) values: P,
 }
 
-impl Kernel for RopeStoreKv<'_> {
+impl<P: Plane> Kernel for RopeStoreKv<'_, P> {
     #[inline(always)]
     fn run<S: Simd>(mut self, _: S) {
-        let AttentionShape { head_dim, .. } = self.shape;
-        let kv_head = self.keys.rows().start;
+        let AttentionShape { head_dim, num_heads, num_kv_heads, .. } = self.shape;
         let queries = self.q.cols();
+        let kv_head = queries.start / (num_heads / num_kv_heads * head_dim);
         let key = self.shape.q_features() + kv_head * head_dim;
         let value = key + self.shape.kv_features();
-        let key_plane = self.keys.row(kv_head);
-        let value_plane = self.values.row(kv_head);
+        let mut turned = [0.0; MAX_HEAD_DIM];
         for row in self.q.rows() {
             let qkv = self.qkv.row(row);
             let angles = Angles::new(self.rope, self.positions[row] as usize);
@@ -93,10 +190,10 @@ impl Kernel for RopeStoreKv<'_> {
             for (head, out) in heads.zip(self.q.row(row).chunks_exact_mut(head_dim)) {
                 angles.turn(head, out);
             }
-            let slot = self.slot_mapping[row] as usize * head_dim;
-            angles.turn(&qkv[key..][..head_dim], &mut key_plane[slot..][..head_dim]);
-            let stored = value_plane[slot..][..head_dim].iter_mut();
-            stored.zip(&qkv[value..]).for_each(|(stored, &x)| *stored = Element::from_f32(x));
+            let slot = self.slot_mapping[row] as usize;
+            angles.turn(&qkv[key..][..head_dim], &mut turned[..head_dim]);
+            self.keys.store(slot, &turned[..head_dim]);
+            self.values.store(slot, &qkv[value..][..head_dim]);
         }
     }
 }
@@ -116,7 +213,7 @@ impl<'a> Angles<'a> {
 
     /// Turns feature `i` and feature `i + head_dim / 2` by angle `i`.
     #[inline(always)]
-    fn turn(&self, head: &[f32], out: &mut [bf16]) {
+    fn turn<E: Element>(&self, head: &[f32], out: &mut [E]) {
         let half = self.cos.len();
         let (first, second) = (&head[..half], &head[half..2 * half]);
         let (out_first, out_second) = out.split_at_mut(half);

@@ -43,7 +43,7 @@ use bytes::Bytes;
 use half::bf16;
 
 pub use crate::isa::Isa;
-pub use crate::kv::KvCache;
+pub use crate::kv::{KvCache, KvFormat};
 pub use crate::matrix::{Experts, Matrix, WeightFormat};
 pub use crate::packed::{ImageError, ImageKey, PackedMatrix};
 pub use crate::tensor::Tensor;
@@ -52,7 +52,7 @@ use crate::attention::Attention;
 use crate::elementwise::{Add, AddRmsNorm, Embed, GatherRows, RmsNorm};
 use crate::experts::{Down, GateUp};
 use crate::grid::Grid;
-use crate::kv::RopeStoreKv;
+use crate::kv::{KvStorage, RopeStoreKv};
 use crate::linear::Linear;
 use crate::numbers::Element;
 use crate::operand::{Operand, Scratch};
@@ -69,12 +69,15 @@ pub struct CpuOptions {
     pub isa: Option<Isa>,
     /// The format in which the weights of products are kept.
     pub weights: WeightFormat,
+    /// The format in which keys and values are kept.
+    pub kv_cache: KvFormat,
 }
 
 /// The CPU backend.
 pub struct Cpu {
     isa: Isa,
     weights: WeightFormat,
+    kv_cache: KvFormat,
     packer: Packer,
     team: Team,
     scratch: Scratch,
@@ -102,6 +105,7 @@ impl Cpu {
         Self {
             isa,
             weights: options.weights,
+            kv_cache: options.kv_cache,
             packer: Packer::default(),
             team: Team::new(num_threads),
             scratch: Scratch::default(),
@@ -237,7 +241,7 @@ impl Backend for Cpu {
         num_blocks: usize,
         block_size: usize,
     ) -> Result<KvCache, BackendError> {
-        KvCache::new(shape, num_blocks, block_size)
+        KvCache::new(shape, num_blocks, block_size, self.kv_cache)
     }
 
     fn routing(&mut self, max_tokens: usize, shape: RouteShape) -> Result<Routing, BackendError> {
@@ -318,13 +322,22 @@ impl Backend for Cpu {
         assert_eq!(rope.half_dim * 2, shape.head_dim);
         let Batch { positions, slot_mapping, .. } = &self.batch;
         let (qkv, group_cols) = (qkv.f32(), kv.group_len() * shape.head_dim);
-        let plane_len = kv.plane_len();
+        let (plane_len, num_slots) = (kv.plane_len(), kv.num_slots());
         let q = Grid::column_bands(q_out.bf16_mut(positions.len()), shape.q_features(), group_cols);
-        let keys = Grid::row_bands(&mut kv.keys, plane_len, 1);
-        let values = Grid::row_bands(&mut kv.values, plane_len, 1);
-        self.team.for_each((q, (keys, values)), |(q, (keys, values))| {
-            isa.run(RopeStoreKv { shape, qkv, rope, positions, slot_mapping, q, keys, values });
-        });
+        match &mut kv.storage {
+            KvStorage::Bf16 { keys, values } => {
+                let planes = (Grid::row_bands(keys, plane_len, 1), Grid::row_bands(values, plane_len, 1));
+                self.team.for_each((q, planes), |(q, (keys, values))| {
+                    isa.run(RopeStoreKv { shape, qkv, rope, positions, slot_mapping, q, keys, values });
+                });
+            }
+            KvStorage::Q8 { keys, values } => {
+                let planes = (keys.planes(plane_len, num_slots), values.planes(plane_len, num_slots));
+                self.team.for_each((q, planes), |(q, (keys, values))| {
+                    isa.run(RopeStoreKv { shape, qkv, rope, positions, slot_mapping, q, keys, values });
+                });
+            }
+        }
     }
 
     fn attention(&mut self, q: &Tensor, kv: &KvCache, out: &mut Tensor) {
@@ -397,6 +410,8 @@ impl Backend for Cpu {
 
 #[cfg(test)]
 mod tests {
+    use backend::conformance::Quantisation;
+
     use super::*;
 
     #[test]
@@ -409,12 +424,18 @@ mod tests {
             for num_threads in [1, 2, 3] {
                 // A product's bits are tested where it is specified; this only tells a product from nonsense, as a
                 // SwiGLU multiplies errors of its gate by large values of its other half.
-                for (weights, quantisation) in
-                    [(WeightFormat::Bf16, 0.0), (WeightFormat::Q8, 0.2), (WeightFormat::Q4, 1.5)]
-                {
+                for (weights, products, kv_cache, attention) in [
+                    (WeightFormat::Bf16, 0.0, KvFormat::Bf16, 0.0),
+                    (WeightFormat::Q8, 0.2, KvFormat::Q8, 0.02),
+                    (WeightFormat::Q4, 1.5, KvFormat::Bf16, 0.0),
+                ] {
                     println!("{} on {num_threads} threads, {} weights", isa.name(), weights.name());
-                    let options = CpuOptions { num_threads: Some(num_threads), isa: Some(isa), weights };
-                    backend::conformance::check_all_quantised(|| Cpu::new(options), quantisation);
+                    let options =
+                        CpuOptions { num_threads: Some(num_threads), isa: Some(isa), weights, kv_cache };
+                    backend::conformance::check_all_quantised(
+                        || Cpu::new(options),
+                        Quantisation { products, attention },
+                    );
                 }
             }
         }

@@ -42,14 +42,21 @@ impl Element for bf16 {
     }
 }
 
+/// Rounds a number of magnitude below 2²² to the nearest integer, ties to even, and keeps its low 8 bits.
+#[inline(always)]
+pub(crate) fn nearest_i8(x: f32) -> i8 {
+    (x + ROUND).to_bits() as i8
+}
+
+/// Adding 1.5 · 2²³ leaves the nearest integer in the low bits of the mantissa.
+const ROUND: f32 = 12_582_912.0;
+
 /// `e^x` within 2 units in the last place between -87 and 88, where it saturates; a NaN stays a NaN.
 ///
 /// With `n = round(x / ln 2)` and `r = x - n ln 2`, it is `2^n e^r`, and a polynomial does for `e^r` on
 /// `|r| <= ln 2 / 2`. Source: `expf` of the Cephes library.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
-    /// Adding 1.5 · 2²³ leaves the nearest integer in the low bits of the mantissa.
-    const ROUND: f32 = 12_582_912.0;
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
 
@@ -90,6 +97,15 @@ mod tests {
         assert_eq!(exp(0.0), 1.0);
         assert!(exp(f32::NAN).is_nan());
         assert!(exp(f32::NEG_INFINITY) < 2e-38 && exp(f32::INFINITY) > 1e38);
+    }
+
+    #[test]
+    fn the_nearest_integer_is_even_on_ties() {
+        for i in -1270..=1270 {
+            let x = i as f32 / 10.0;
+            assert_eq!(nearest_i8(x), x.round_ties_even() as i8, "{x}");
+        }
+        assert_eq!([0.5, 1.5, -2.5, 126.5].map(nearest_i8), [0, 2, -2, 126]);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use half::bf16;
 
 use crate::grid::{Grid, Tile};
 use crate::isa::{Isa, Kernel};
-use crate::numbers::Element;
+use crate::numbers::{Element, nearest_i8};
 use crate::packed::GROUP;
 use crate::simd::{QUAD, Simd};
 use crate::team::Team;
@@ -170,9 +170,5 @@ fn largest_magnitude(x: &[bf16]) -> f32 {
 fn quantised(x: &[bf16], factor: f32) -> [i8; GROUP] {
     let mut padded = [bf16::ZERO; GROUP];
     padded[..x.len()].copy_from_slice(x);
-    padded.map(|x| {
-        /// Adding 1.5 · 2²³ leaves the nearest integer in the low bits of the mantissa.
-        const ROUND: f32 = 12_582_912.0;
-        (Element::to_f32(x) * factor + ROUND).to_bits() as i8
-    })
+    padded.map(|x| nearest_i8(Element::to_f32(x) * factor))
 }

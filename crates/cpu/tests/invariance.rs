@@ -1,7 +1,7 @@
 //! The promise of batch invariance, bit for bit, on a whole layer: however a sequence's tokens are cut into
 //! chunks, batched with others, placed in the cache, taken from another sequence's prefix, or computed again
 //! after a preemption, and on any number of threads, each position's output is the one it has alone. In every format
-//! of weights.
+//! of weights and of the cache.
 
 use std::collections::HashMap;
 
@@ -10,7 +10,7 @@ use backend::{
     AttentionShape, Backend, Batch, DType, ExpertsView, MatrixUse, RopeTable, RouteShape, WeightData,
     WeightType, WeightView,
 };
-use cpu::{Cpu, CpuOptions, Isa, WeightFormat};
+use cpu::{Cpu, CpuOptions, Isa, KvFormat, WeightFormat};
 use proptest::prelude::*;
 
 const VOCAB: usize = 97;
@@ -198,8 +198,9 @@ impl Schedule {
 }
 
 /// Runs a random schedule on three threads against every sequence alone, in one piece, on one thread.
-fn check(shape: &Shape, lens: &[usize], seed: u64, isa: Isa, weights: WeightFormat) {
-    let options = |num_threads| CpuOptions { num_threads: Some(num_threads), isa: Some(isa), weights };
+fn check(shape: &Shape, lens: &[usize], seed: u64, isa: Isa, weights: WeightFormat, kv_cache: KvFormat) {
+    let options =
+        |num_threads| CpuOptions { num_threads: Some(num_threads), isa: Some(isa), weights, kv_cache };
     let mut alone = Layer::new(shape, seed, options(1));
     let mut layer = Layer::new(shape, seed, options(3));
     let mut schedule = Schedule { draws: Draws(seed), block_size: shape.block_size, next_block: 0 };
@@ -224,9 +225,10 @@ fn check(shape: &Shape, lens: &[usize], seed: u64, isa: Isa, weights: WeightForm
             let whole = expected.entry(tokens.clone()).or_insert_with(|| run_alone(&mut alone, tokens));
             assert!(
                 whole[position] == output,
-                "{} {} seed {seed}: sequence {index}, position {position}",
+                "{} {} {} seed {seed}: sequence {index}, position {position}",
                 isa.name(),
-                weights.name()
+                weights.name(),
+                kv_cache.name()
             );
         }
         if schedule.draws.below(8) == 0 {
@@ -279,8 +281,8 @@ proptest! {
         seed in any::<u64>(),
     ) {
         for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
-            for weights in WeightFormat::ALL {
-                check(&shape, &lens, seed >> 1, isa, weights);
+            for (weights, kv_cache) in WeightFormat::ALL.into_iter().zip(KvFormat::ALL.into_iter().cycle()) {
+                check(&shape, &lens, seed >> 1, isa, weights, kv_cache);
             }
         }
     }

@@ -1,12 +1,12 @@
 //! What a model is, in numbers that follow from its shape alone: parameters in all and per token, bytes, and
-//! what a token costs in the cache.
+//! what a token keeps in the cache.
 //!
 //! The seeds of confusion about "8x7B" are answered here: experts belong to a layer (32 layers of 8 experts
 //! are 256 experts), attention is shared, and a token visits only some of them.
 
 use crate::ModelConfig;
 
-/// Bytes of a bf16 element, the type of weights, keys and values.
+/// Bytes of a bf16 element.
 const BF16_BYTES: u64 = 2;
 
 /// The numbers of a model.
@@ -25,8 +25,8 @@ pub struct ModelSummary {
     pub product_parameters: u64,
     /// Experts in all layers together; 0 if dense.
     pub total_experts: u64,
-    /// Keys and values of one token in all layers, in bytes.
-    pub kv_bytes_per_token: u64,
+    /// Heads of a token in the cache: keys and values, of all layers.
+    pub kv_heads_per_token: u64,
 }
 
 impl ModelSummary {
@@ -50,7 +50,7 @@ impl ModelSummary {
             attention_parameters: qkv_and_o,
             product_parameters: layers * (qkv_and_o + experts * expert) + table,
             total_experts: if config.has_router() { layers * experts } else { 0 },
-            kv_bytes_per_token: layers * 2 * attention.kv_features() as u64 * BF16_BYTES,
+            kv_heads_per_token: layers * 2 * attention.num_kv_heads as u64,
         }
     }
 
@@ -88,7 +88,7 @@ mod tests {
         assert_eq!(summary.total_parameters, 46_702_792_704);
         assert_eq!(summary.active_parameters, 12_879_925_248);
         assert_eq!(summary.total_experts, 256);
-        assert_eq!(summary.kv_bytes_per_token, 131_072);
+        assert_eq!(summary.kv_heads_per_token, 512);
         assert_eq!(summary.weight_bytes(16.0), 2 * 46_702_792_704);
         assert_eq!(summary.weight_bytes(8.5) >> 20, 47_568);
     }

@@ -26,7 +26,16 @@ const SAMPLE_BYTES: usize = 64;
 pub(crate) fn of(model: &Model, settings: &Settings) -> Result<String> {
     let mut hash = Hash(0);
     hash.add(env!("CARGO_PKG_VERSION").as_bytes());
-    hash.add(format!("{:?} {} {}", Isa::detect(), settings.dummy_weights, model.weights.name()).as_bytes());
+    hash.add(
+        format!(
+            "{:?} {} {} {}",
+            Isa::detect(),
+            settings.dummy_weights,
+            model.weights.name(),
+            model.kv_cache.name()
+        )
+        .as_bytes(),
+    );
     for name in TEXT_FILES {
         hash.add(&model.files.read(name)?.unwrap_or_default());
     }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use cpu::WeightFormat;
+use cpu::{KvFormat, WeightFormat};
 use model::{ModelConfig, ModelSummary};
 
 /// A page about a model: shape, parameters, bytes, and how many tokens fit in `available_bytes`.
@@ -30,7 +30,9 @@ pub(crate) fn page(name: &str, config: &ModelConfig, available_bytes: u64) -> St
     row("context", format!("{} tokens", config.max_position_embeddings));
     row("parameters", parameters(config, &summary));
     row("weights", WeightFormat::ALL.map(|format| weights(&summary, format)).join(", "));
-    row("cache per token", bytes(summary.kv_bytes_per_token));
+    let cache =
+        |format: KvFormat| format!("{} in {}", bytes(token_bytes(&summary, config, format)), format.name());
+    row("cache per token", KvFormat::ALL.map(cache).join(", "));
     row("fits here", capacity(config, &summary, available_bytes));
     page
 }
@@ -66,7 +68,7 @@ fn capacity(config: &ModelConfig, summary: &ModelSummary, available_bytes: u64) 
     match available_bytes.checked_sub(summary.weight_bytes(format.bits())) {
         None => format!("no: {available} of memory are available, less than the weights in {name}"),
         Some(left) => {
-            let tokens = left / summary.kv_bytes_per_token;
+            let tokens = left / token_bytes(summary, config, KvFormat::Bf16);
             let contexts = tokens / config.max_position_embeddings as u64;
             format!(
                 "{tokens} tokens of cache in {available} beside the weights in {name}, {contexts} full contexts"
@@ -77,6 +79,11 @@ fn capacity(config: &ModelConfig, summary: &ModelSummary, available_bytes: u64) 
 
 fn weights(summary: &ModelSummary, format: WeightFormat) -> String {
     format!("{} in {}", bytes(summary.weight_bytes(format.bits())), format.name())
+}
+
+/// What a token takes in the cache.
+pub(crate) fn token_bytes(summary: &ModelSummary, config: &ModelConfig, format: KvFormat) -> u64 {
+    summary.kv_heads_per_token * format.head_bytes(config.attention.head_dim) as u64
 }
 
 /// The most precise format in which the weights fit; the smallest if none does.

@@ -4,11 +4,11 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
-use cpu::{Cpu, CpuOptions, WeightFormat};
+use cpu::{Cpu, CpuOptions, KvFormat, WeightFormat};
 use model::{MixtralRunner, ModelConfig, ModelFiles, ModelRunner, ModelSummary, RunnerOptions, WeightSource};
 use tracing::info;
 
-use crate::inspect::{automatic_format, bytes};
+use crate::inspect::{automatic_format, bytes, token_bytes};
 use crate::memory;
 use crate::packed_file::PackedFile;
 use crate::progress::Progress;
@@ -26,6 +26,8 @@ pub(crate) struct Model {
     pub(crate) config: ModelConfig,
     /// The format in which its weights will be kept.
     pub(crate) weights: WeightFormat,
+    /// The format of its keys and values.
+    pub(crate) kv_cache: KvFormat,
 }
 
 impl Model {
@@ -45,7 +47,8 @@ impl Model {
         let named = !settings.served_model_name.is_empty();
         let name = if named { settings.served_model_name.clone() } else { default_name };
         let weights = weight_format(settings, &config)?;
-        Ok(Self { name, files, config, weights })
+        let kv_cache = kv_format(settings)?;
+        Ok(Self { name, files, config, weights, kv_cache })
     }
 
     /// Loads the weights onto the backend that the settings choose.
@@ -54,7 +57,8 @@ impl Model {
             bail!("device is \"{}\", and this build runs on \"cpu\" (or \"auto\")", settings.device);
         }
         let num_threads = (settings.threads > 0).then_some(settings.threads);
-        let mut backend = Cpu::new(CpuOptions { num_threads, isa: None, weights: self.weights });
+        let mut backend =
+            Cpu::new(CpuOptions { num_threads, isa: None, weights: self.weights, kv_cache: self.kv_cache });
         let file = PackedFile::of(self, settings)?;
         let to_be_written = match file {
             Some(file) if !file.use_in(&mut backend) => Some((file, backend.record())),
@@ -69,7 +73,7 @@ impl Model {
         info!(
             model = self.name,
             weights = bytes(summary.weight_bytes(self.weights.bits())),
-            cache = bytes(cache_bytes(&summary, &options)),
+            cache = bytes(self.token_bytes() * (options.num_blocks * options.block_size) as u64),
             cache_tokens = (options.num_blocks - 1) * options.block_size,
             max_model_len = options.max_model_len,
             "loading"
@@ -88,6 +92,11 @@ impl Model {
             file.write(matrices.try_iter());
         }
         Ok(Box::new(runner))
+    }
+
+    /// What a token takes in the cache.
+    fn token_bytes(&self) -> u64 {
+        token_bytes(&ModelSummary::new(&self.config), &self.config, self.kv_cache)
     }
 
     /// The runner's limits; the cache's share of memory is decided here.
@@ -124,7 +133,7 @@ impl Model {
 
     /// Blocks beside the padding block.
     fn num_cache_blocks(&self, settings: &Settings, options: &RunnerOptions) -> Result<usize> {
-        let block_bytes = ModelSummary::new(&self.config).kv_bytes_per_token * options.block_size as u64;
+        let block_bytes = self.token_bytes() * options.block_size as u64;
         let blocks_per_sequence = options.max_model_len.div_ceil(options.block_size);
         let wanted = blocks_per_sequence * options.max_num_seqs;
         let granted_bytes = match settings.kv_cache_mib {
@@ -144,6 +153,11 @@ impl Model {
     }
 }
 
+fn kv_format(settings: &Settings) -> Result<KvFormat> {
+    let named = KvFormat::ALL.into_iter().find(|format| format.name() == settings.kv_cache);
+    named.with_context(|| format!("kv_cache is \"{}\", expected \"bf16\" or \"q8\"", settings.kv_cache))
+}
+
 fn weight_format(settings: &Settings, config: &ModelConfig) -> Result<WeightFormat> {
     if settings.weights == "auto" {
         return Ok(automatic_format(&ModelSummary::new(config), memory::available_bytes()));
@@ -152,8 +166,4 @@ fn weight_format(settings: &Settings, config: &ModelConfig) -> Result<WeightForm
     named.with_context(|| {
         format!("weights is \"{}\", expected \"auto\", \"bf16\", \"q8\" or \"q4\"", settings.weights)
     })
-}
-
-fn cache_bytes(summary: &ModelSummary, options: &RunnerOptions) -> u64 {
-    summary.kv_bytes_per_token * (options.num_blocks * options.block_size) as u64
 }

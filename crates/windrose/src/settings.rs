@@ -29,6 +29,7 @@ pub(crate) struct Settings {
     pub(crate) packed_dir: String,
     pub(crate) threads: usize,
     pub(crate) kv_cache_mib: usize,
+    pub(crate) kv_cache: String,
     pub(crate) block_size: usize,
     pub(crate) prefix_cache: bool,
     pub(crate) max_num_seqs: usize,

@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use backend::sampling::mix64;
 use backend::{Backend, Reference};
-use cpu::{Cpu, CpuOptions, Isa, WeightFormat};
+use cpu::{Cpu, CpuOptions, Isa, KvFormat, WeightFormat};
 use engine::{Engine, EngineConfig, Event, EventSink, FinishReason, Request, SinkClosed};
 use model::{MixtralRunner, ModelConfig, ModelFiles, RunnerOptions, SampleParams, WeightSource};
 
@@ -148,8 +148,8 @@ fn every_instruction_set_of_the_cpu_is_batch_invariant() {
             println!("skipped {isa:?}: this machine does not have it");
             continue;
         }
-        for weights in WeightFormat::ALL {
-            check(|| Cpu::new(CpuOptions { num_threads: Some(2), isa: Some(isa), weights }));
+        for (weights, kv_cache) in WeightFormat::ALL.into_iter().zip(KvFormat::ALL.into_iter().cycle()) {
+            check(|| Cpu::new(CpuOptions { num_threads: Some(2), isa: Some(isa), weights, kv_cache }));
         }
     }
 }
