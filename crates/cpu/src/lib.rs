@@ -14,13 +14,13 @@
 //! This crate knows nothing of models; it does not quantise, and it does not pin threads.
 
 mod attention;
-mod bandwidth;
 mod dot;
 mod elementwise;
 mod experts;
 mod grid;
 mod isa;
 mod kv;
+mod limits;
 mod linear;
 mod matrix;
 mod numbers;
