@@ -49,8 +49,7 @@ impl Model {
         if !matches!(settings.device.as_str(), "auto" | "cpu") {
             bail!("device is \"{}\", and this build runs on \"cpu\" (or \"auto\")", settings.device);
         }
-        let num_threads = (settings.threads > 0).then_some(settings.threads);
-        let backend = Cpu::new(CpuOptions { num_threads, isa: None });
+        let backend = Cpu::new(cpu_options(settings));
         let options = self.runner_options(settings)?;
         let source = match settings.dummy_seed()? {
             Some(seed) => WeightSource::Dummy { seed },
@@ -130,6 +129,11 @@ impl Model {
         );
         Ok(num_blocks)
     }
+}
+
+/// How the settings run the CPU backend.
+pub(crate) fn cpu_options(settings: &Settings) -> CpuOptions {
+    CpuOptions { num_threads: (settings.threads > 0).then_some(settings.threads), isa: None }
 }
 
 fn cache_bytes(summary: &ModelSummary, options: &RunnerOptions) -> u64 {

@@ -1,9 +1,10 @@
 //! The command line of Windrose, and the one place where its crates meet.
 //!
-//! `serve` (what runs without a subcommand), `generate` and `inspect` share one set of settings, which come from
+//! `serve` (what runs without a subcommand), `generate`, `inspect` and `bench` share one set of settings, which come from
 //! `config.toml` (see [`settings`]). Nothing here is worth testing alone except the settings themselves.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod fingerprint;
 mod generate;
 mod inspect;
@@ -54,6 +55,7 @@ fn command() -> Command {
         .args(Settings::args())
         .subcommand(serve)
         .subcommand(generate::command())
+        .subcommand(bench::command())
         .subcommand(
             Command::new("inspect")
                 .about("Says what a model is: experts, parameters, bytes, and how many tokens fit here")
@@ -77,6 +79,10 @@ fn run(matches: &ArgMatches) -> Result<()> {
             // The answer is what people came for; of the log only what goes wrong.
             start_log(&settings, "warn")?;
             generate::run(&settings, arguments)
+        }
+        "bench" => {
+            start_log(&settings, "warn")?;
+            bench::run(&settings, arguments)
         }
         _ => {
             if let Some(path) = arguments.get_one::<String>("path") {
