@@ -12,6 +12,7 @@ mod output;
 mod plan;
 mod report;
 mod sequences;
+mod serve;
 mod statistics;
 
 use std::thread::available_parallelism;
@@ -33,15 +34,23 @@ const ABOUT: &str = "Measures how fast this machine runs a model, or with `serve
 const AFTER_HELP: &str = "Prompts and first tokens are seeded and random, so every sequence is routed in its own way, \
     and what is sampled is fed back. GB/s are of weights alone: attention, the output projection, and those experts \
     that a step did route tokens to. The limits are measured before and after, and shares are of the better; above \
-    100% the weights stay in a cache.";
+    100% the weights stay in a cache. The settings max_model_len and max_num_seqs follow from what is measured.";
 
 /// The subcommand and its own.
 pub(crate) fn command() -> Command {
-    Command::new("bench").about(ABOUT).after_help(AFTER_HELP).args(Plan::args())
+    Command::new("bench")
+        .about(ABOUT)
+        .after_help(AFTER_HELP)
+        .args(Plan::args())
+        .args_conflicts_with_subcommands(true)
+        .subcommand(serve::command())
 }
 
 /// Measures the model, or the server that `serve` names.
 pub(crate) fn run(settings: &Settings, arguments: &ArgMatches) -> Result<()> {
+    if let Some((_, arguments)) = arguments.subcommand() {
+        return serve::run(arguments);
+    }
     let plan = Plan::new(arguments);
     let report = measure(&plan, &plan.fit(settings))?;
     output::write(plan.json.as_deref(), &report.table(), &report)

@@ -40,6 +40,7 @@ impl Plan {
             counts("repetitions", "3", "Repetitions, of which the median is printed with the extremes"),
             Arg::new("seed")
                 .long("seed")
+                .value_name("SEED")
                 .default_value("0")
                 .value_parser(clap::value_parser!(u64))
                 .help("Seed of the tokens"),

@@ -1,4 +1,4 @@
-//! What is said of many numbers: the median of a few repetitions with the extremes.
+//! What is said of many numbers: the median with the extremes of a few repetitions, percentiles of many requests.
 
 use serde::Serialize;
 
@@ -10,6 +10,15 @@ pub(super) struct Spread {
     pub(super) max: f64,
 }
 
+/// A distribution in four numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub(super) struct Distribution {
+    pub(super) mean: f64,
+    pub(super) p50: f64,
+    pub(super) p90: f64,
+    pub(super) p99: f64,
+}
+
 impl Spread {
     /// # Panics
     /// If there are no values.
@@ -18,6 +27,19 @@ impl Spread {
         let ends = values.first().zip(values.last());
         let (&min, &max) = ends.expect("a spread is of at least one value");
         Self { median: percentile(&values, 50.0), min, max }
+    }
+}
+
+impl Distribution {
+    /// `None` of no values.
+    pub(super) fn new(values: impl IntoIterator<Item = f64>) -> Option<Self> {
+        let values = sorted(values);
+        if values.is_empty() {
+            return None;
+        }
+        let mean = values.iter().sum::<f64>() / values.len() as f64;
+        let [p50, p90, p99] = [50.0, 90.0, 99.0].map(|percent| percentile(&values, percent));
+        Some(Self { mean, p50, p90, p99 })
     }
 }
 
@@ -58,5 +80,12 @@ mod tests {
     fn a_spread_has_the_median_between_its_ends() {
         assert_eq!(Spread::new([3.0, 1.0, 2.0]), Spread { median: 2.0, min: 1.0, max: 3.0 });
         assert_eq!(Spread::new([5.0]), Spread { median: 5.0, min: 5.0, max: 5.0 });
+    }
+
+    #[test]
+    fn nothing_has_no_distribution() {
+        assert_eq!(Distribution::new([]), None);
+        let expected = Distribution { mean: 2.0, p50: 2.0, p90: 2.0, p99: 2.0 };
+        assert_eq!(Distribution::new([2.0, 2.0]), Some(expected));
     }
 }
