@@ -31,10 +31,11 @@ use crate::progress::Progress;
 use crate::settings::Settings;
 
 const ABOUT: &str = "Measures how fast this machine runs a model, or with `serve` how fast a server answers";
-const AFTER_HELP: &str = "Prompts and first tokens are seeded and random, so every sequence is routed in its own way, \
-    and what is sampled is fed back. GB/s are of weights alone: attention, the output projection, and those experts \
-    that a step did route tokens to. The limits are measured before and after, and shares are of the better; above \
-    100% the weights stay in a cache. The settings max_model_len and max_num_seqs follow from what is measured.";
+const AFTER_HELP: &str = "Prompts and first tokens are seeded and random, so every sequence is routed in its \
+    own way, and what is sampled is fed back. GB/s are of weights alone: attention, the output projection, and \
+    those experts that a step did route tokens to. The limits are measured before and after, and shares are of \
+    the better; above 100% the weights stay in a cache. The settings max_model_len and max_num_seqs follow from \
+    what is measured.";
 
 /// The subcommand and its own.
 pub(crate) fn command() -> Command {
@@ -71,10 +72,14 @@ fn measure(plan: &Plan, settings: &Settings) -> Result<Report> {
     let limits_after = Limits::measure(&mut cpu);
     let limits = limits_before.max(limits_after);
     Ok(Report {
+        version: env!("CARGO_PKG_VERSION"),
         model: model.name.clone(),
         dummy_weights: settings.dummy_seed()?,
         isa: Isa::detect().name(),
         num_threads,
+        output_len: plan.output_len,
+        repetitions: plan.repetitions,
+        seed: plan.seed,
         max_num_batched_tokens: settings.max_num_batched_tokens,
         limits_before,
         limits_after,

@@ -28,12 +28,16 @@ pub(super) struct Measurement {
 /// Everything, with what is needed to repeat it.
 #[derive(Serialize)]
 pub(super) struct Report {
+    pub(super) version: &'static str,
     pub(super) model: String,
     /// The seed, if the weights are random.
     pub(super) dummy_weights: Option<u64>,
     pub(super) isa: &'static str,
     pub(super) num_threads: usize,
     pub(super) max_num_batched_tokens: usize,
+    pub(super) output_len: usize,
+    pub(super) repetitions: usize,
+    pub(super) seed: u64,
     pub(super) limits_before: Limits,
     pub(super) limits_after: Limits,
     pub(super) results: Vec<Row>,

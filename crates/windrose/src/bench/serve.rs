@@ -36,9 +36,9 @@ use self::report::{Load, Report};
 use super::output;
 use crate::progress::Progress;
 
-const AFTER_HELP: &str = "TTFT: from sending a request to its first text. ITL: between two chunks of text of one \
-    answer. TPOT: the mean time of an answer's tokens after the first. End to end: to the end of the stream. Tokens \
-    are the server's own count. Answers are greedy. The exit status is 0 if any request succeeded.";
+const AFTER_HELP: &str = "TTFT: from sending a request to its first text. ITL: between two chunks of text of \
+    one answer. TPOT: the mean time of an answer's tokens after the first. End to end: to the end of the \
+    stream. Tokens are the server's own count. Answers are greedy. The exit status is 0 if any request succeeded.";
 
 /// The subcommand.
 pub(super) fn command() -> Command {

@@ -99,8 +99,8 @@ fn base(url: &str) -> Result<String> {
     match uri.scheme_str() {
         Some("http") => {}
         Some("https") => bail!(
-            "this client speaks plain HTTP only: let a local proxy speak TLS to {url}, and give the proxy's http:// \
-             address"
+            "this client speaks plain HTTP only: let a local proxy speak TLS to {url}, and give the proxy's \
+             http:// address"
         ),
         _ => bail!("\"{url}\" is not an address such as http://127.0.0.1:8000"),
     }
