@@ -15,13 +15,13 @@
 //! This crate knows nothing of models and files, and it does not pin threads.
 
 mod attention;
-mod bandwidth;
 mod dot;
 mod elementwise;
 mod experts;
 mod grid;
 mod isa;
 mod kv;
+mod limits;
 mod linear;
 mod matrix;
 mod numbers;

@@ -56,9 +56,7 @@ impl Model {
         if !matches!(settings.device.as_str(), "auto" | "cpu") {
             bail!("device is \"{}\", and this build runs on \"cpu\" (or \"auto\")", settings.device);
         }
-        let num_threads = (settings.threads > 0).then_some(settings.threads);
-        let mut backend =
-            Cpu::new(CpuOptions { num_threads, isa: None, weights: self.weights, kv_cache: self.kv_cache });
+        let mut backend = Cpu::new(self.cpu_options(settings));
         let file = PackedFile::of(self, settings)?;
         let to_be_written = match file {
             Some(file) if !file.use_in(&mut backend) => Some((file, backend.record())),
@@ -92,6 +90,12 @@ impl Model {
             file.write(matrices.try_iter());
         }
         Ok(Box::new(runner))
+    }
+
+    /// How the CPU backend runs it.
+    pub(crate) fn cpu_options(&self, settings: &Settings) -> CpuOptions {
+        let num_threads = (settings.threads > 0).then_some(settings.threads);
+        CpuOptions { num_threads, isa: None, weights: self.weights, kv_cache: self.kv_cache }
     }
 
     /// What a token takes in the cache.

@@ -1,9 +1,10 @@
 //! The command line of Windrose, and the one place where its crates meet.
 //!
-//! `serve` (what runs without a subcommand), `generate`, `inspect` and `quantize` share one set of settings, which
-//! come from `config.toml` (see [`settings`]). Nothing here is worth testing alone except the settings themselves.
+//! `serve` (what runs without a subcommand), `generate`, `inspect`, `quantize` and `bench` share one set of settings,
+//! which come from `config.toml` (see [`settings`]). Only the settings and the benches are worth testing alone.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod fingerprint;
 mod generate;
 mod inspect;
@@ -57,6 +58,7 @@ fn command() -> Command {
         .args(Settings::args())
         .subcommand(serve)
         .subcommand(generate::command())
+        .subcommand(bench::command())
         .subcommand(
             Command::new("inspect")
                 .about("Says what a model is: experts, parameters, bytes, and how many tokens fit here")
@@ -88,6 +90,10 @@ fn run(matches: &ArgMatches) -> Result<()> {
             start_log(&settings, &settings.log)?;
             settings.model = model_path(arguments, &settings);
             quantize::run(&mut settings)
+        }
+        "bench" => {
+            start_log(&settings, "warn")?;
+            bench::run(&settings, arguments)
         }
         _ => {
             settings.model = model_path(arguments, &settings);

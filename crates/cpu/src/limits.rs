@@ -1,0 +1,146 @@
+//! What the machine can deliver: the memory's read bandwidth is the yardstick of decoding, which reads every active
+//! weight once per step; its dot products per second are the yardstick of prefill.
+
+use std::hint::black_box;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use half::bf16;
+
+use crate::isa::Kernel;
+use crate::simd::{QUAD, QUAD_ROWS, Simd};
+use crate::{Cpu, WeightFormat};
+
+/// Bytes that one task reads, the order of what a task of a matrix product reads.
+const TASK_BYTES: usize = 1 << 18;
+/// Words that are folded side by side, enough for several vector registers.
+const LANES: usize = 32;
+
+/// Steps that each accumulator of one task takes: some tens of microseconds.
+const DOT_STEPS: usize = 1 << 14;
+/// Tasks for each thread, so that one that the system slows down takes fewer.
+const DOT_TASKS_PER_THREAD: usize = 64;
+/// Most elements of a [`Simd::dot`], for any instruction set.
+const MAX_STEP: usize = 32;
+
+impl Cpu {
+    /// Reads `data` once with all threads of the team; bytes per second.
+    ///
+    /// Only data much larger than the caches, and not all zeros, measures the memory.
+    pub fn read_bandwidth(&mut self, data: &[u8]) -> f64 {
+        let isa = self.isa;
+        let start = Instant::now();
+        self.team.run(data.len().div_ceil(TASK_BYTES), |task| {
+            let first = task * TASK_BYTES;
+            isa.run(Read { data: &data[first..data.len().min(first + TASK_BYTES)] });
+        });
+        data.len() as f64 / start.elapsed().as_secs_f64()
+    }
+
+    /// Computes dot products in registers with all threads of the team, of bf16 values or, if weights are quantised, of
+    /// 8-bit integers; operations per second, where a multiplication and its addition are two.
+    ///
+    /// Nothing is loaded, unpacked or scaled, so it bounds every matrix product on this instruction set. It takes
+    /// milliseconds; the best of several calls is the limit of a machine whose clock changes or that is shared.
+    pub fn dot_peak(&mut self) -> f64 {
+        let (isa, integers) = (self.isa, self.weights != WeightFormat::Bf16);
+        let num_tasks = DOT_TASKS_PER_THREAD * self.team.num_threads();
+        let operations = AtomicU64::new(0);
+        let start = Instant::now();
+        self.team.run(num_tasks, |_| isa.run(Dot { integers, operations: &operations }));
+        operations.into_inner() as f64 / start.elapsed().as_secs_f64()
+    }
+}
+
+struct Read<'a> {
+    data: &'a [u8],
+}
+
+impl Kernel for Read<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let mut lanes = [0u64; LANES];
+        for chunk in self.data.as_chunks::<{ 8 * LANES }>().0 {
+            for (lane, word) in lanes.iter_mut().zip(chunk.as_chunks().0) {
+                *lane ^= u64::from_ne_bytes(*word);
+            }
+        }
+        black_box(lanes);
+    }
+}
+
+struct Dot<'a> {
+    integers: bool,
+    /// Gets what was computed added.
+    operations: &'a AtomicU64,
+}
+
+impl Kernel for Dot<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        // Enough chains to hide the latency of two dependent multiply-adds on all ports, and few enough for the
+        // registers: an instruction set with larger tiles has more of both.
+        let operations = match (self.integers, S::TILE_ROWS) {
+            (false, 4) => walk::<S, 16>(simd),
+            (false, _) => walk::<S, 10>(simd),
+            (true, 4) => walk_quads::<S, 16>(simd),
+            (true, _) => walk_quads::<S, 5>(simd),
+        };
+        self.operations.fetch_add(operations as u64, Ordering::Relaxed);
+    }
+}
+
+/// Walks `CHAINS` accumulators side by side; operations.
+#[inline(always)]
+fn walk<S: Simd, const CHAINS: usize>(simd: S) -> usize {
+    const { assert!(S::STEP <= MAX_STEP) }
+    let ones = black_box([bf16::ONE; MAX_STEP]);
+    // A partial load fills up with zeros, which are multiplied as fast as ones.
+    let (w, x) = (simd.load_partial(&ones[1..S::STEP]), simd.load_partial(&ones[1..S::STEP]));
+    // Equal chains would be computed once: each starts with a value of its own.
+    let mut sums = [simd.zero(); CHAINS];
+    for (chain, sum) in sums.iter_mut().enumerate() {
+        let start = [bf16::from_f32(chain as f32)];
+        *sum = simd.dot(*sum, w, simd.load_partial(&start));
+    }
+    for _ in 0..DOT_STEPS {
+        for sum in &mut sums {
+            *sum = simd.dot(*sum, w, x);
+        }
+    }
+    black_box(sums);
+    2 * S::STEP * CHAINS * DOT_STEPS
+}
+
+/// As [`walk`], with quads of bytes for [`QUAD_ROWS`] rows.
+#[inline(always)]
+fn walk_quads<S: Simd, const CHAINS: usize>(simd: S) -> usize {
+    let (w, x) = (simd.bytes(&black_box([129; QUAD_ROWS * QUAD])), black_box(0x0101_0101));
+    let mut sums: [S::Ints; CHAINS] = std::array::from_fn(|chain| simd.ints(chain as i32));
+    for _ in 0..DOT_STEPS {
+        for sum in &mut sums {
+            *sum = simd.dot_quads(*sum, w, x);
+        }
+    }
+    black_box(sums);
+    2 * QUAD_ROWS * QUAD * CHAINS * DOT_STEPS
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::CpuOptions;
+
+    /// Too fast would mean that the optimiser found a way around the work.
+    #[test]
+    fn limits_are_those_of_a_machine_that_can_exist() {
+        let options = |weights| CpuOptions { num_threads: Some(1), weights, ..CpuOptions::default() };
+        for weights in WeightFormat::ALL {
+            let per_s = Cpu::new(options(weights)).dot_peak();
+            assert!((1e8..2e13).contains(&per_s), "{per_s} operations per second on one thread, {weights:?}");
+        }
+        let mut cpu = Cpu::new(options(WeightFormat::Bf16));
+        let bytes_per_s = cpu.read_bandwidth(&vec![7; 1 << 24]);
+        assert!((1e7..5e12).contains(&bytes_per_s), "{bytes_per_s} bytes per second on one thread");
+    }
+}

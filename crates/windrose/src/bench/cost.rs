@@ -1,0 +1,81 @@
+//! What a step asks of a machine, counted from the model's shape and from what was routed: bytes of weights, and
+//! operations on them.
+//!
+//! Norms, the embedding's rows, the cache, and attention's scores are left out: they are small beside the matrices at
+//! the contexts of interest, and leaving them out keeps the shares on the low side.
+
+use model::{ModelConfig, ModelSummary};
+
+/// Bits of a router's weight.
+const ROUTER_BITS: f64 = 16.0;
+
+/// The matrices of a model, in parameters.
+pub(super) struct Cost {
+    /// Bits of a weight of everything but routers.
+    bits: f64,
+    num_layers: u64,
+    /// Of a layer.
+    attention: u64,
+    /// Of a layer.
+    router: u64,
+    expert: u64,
+    lm_head: u64,
+    /// Experts that a token visits in a layer.
+    top_k: u64,
+}
+
+impl Cost {
+    pub(super) fn new(config: &ModelConfig, bits: f64) -> Self {
+        let summary = ModelSummary::new(config);
+        let hidden = config.hidden_size as u64;
+        let router = if config.has_router() { config.route.num_experts as u64 * hidden } else { 0 };
+        Self {
+            bits,
+            num_layers: config.num_layers as u64,
+            attention: summary.attention_parameters,
+            router,
+            expert: summary.expert_parameters,
+            lm_head: config.vocab_size as u64 * hidden,
+            top_k: config.route.top_k as u64,
+        }
+    }
+
+    /// Bytes of the weights that a step touched; `expert_tokens` is `[num_layers, num_experts]`.
+    pub(super) fn weight_bytes(&self, num_logits: usize, expert_tokens: &[u64]) -> u64 {
+        let num_touched = expert_tokens.iter().filter(|&&num_tokens| num_tokens > 0).count() as u64;
+        let lm_head = if num_logits > 0 { self.lm_head } else { 0 };
+        let products = self.num_layers * self.attention + num_touched * self.expert + lm_head;
+        let routers = self.num_layers * self.router;
+        ((products as f64 * self.bits + routers as f64 * ROUTER_BITS) / 8.0) as u64
+    }
+
+    /// Operations of a step's matrix products, where a multiplication and its addition are two.
+    pub(super) fn operations(&self, num_tokens: usize, num_logits: usize) -> u64 {
+        let per_token = self.num_layers * (self.attention + self.router + self.top_k * self.expert);
+        2 * (num_tokens as u64 * per_token + num_logits as u64 * self.lm_head)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use model::ModelFiles;
+
+    use super::*;
+
+    #[test]
+    fn one_token_touches_the_active_parameters() {
+        let config = ModelConfig::load(&ModelFiles::Embedded(demo::files())).unwrap();
+        let (cost, summary) = (Cost::new(&config, 16.0), ModelSummary::new(&config));
+        let norms = (2 * config.num_layers + 1) * config.hidden_size;
+        let embedding = if config.tie_word_embeddings { 0 } else { config.vocab_size * config.hidden_size };
+        let expected = summary.active_parameters - (norms + embedding) as u64;
+
+        let mut one_token = vec![0; config.num_layers * config.route.num_experts];
+        for layer in one_token.chunks_mut(config.route.num_experts) {
+            layer[..config.route.top_k].fill(1);
+        }
+        assert_eq!(cost.weight_bytes(1, &one_token), 2 * expected);
+        assert_eq!(cost.operations(1, 1), 2 * expected);
+        assert!(cost.weight_bytes(0, &one_token) < 2 * expected);
+    }
+}
