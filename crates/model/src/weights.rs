@@ -202,7 +202,7 @@ fn split_rows(view: &WeightView, rows: usize) -> (WeightView, WeightView) {
 
 fn row_range(view: &WeightView, start: usize, rows: usize) -> WeightView {
     let WeightData::Stored(bytes) = &view.data else { unreachable!("only stored tensors are fused") };
-    let row_bytes = view.cols * view.dtype.size();
+    let row_bytes = view.dtype.row_bytes(view.cols);
     let bytes = bytes.slice(start * row_bytes..(start + rows) * row_bytes);
     WeightView { rows, data: WeightData::Stored(bytes), ..*view }
 }
