@@ -12,6 +12,7 @@ mod checkpoint;
 mod config;
 mod error;
 mod files;
+mod gguf;
 mod mixtral;
 mod mixtral_runner;
 mod runner;
@@ -25,6 +26,7 @@ pub use backend::{
 pub use config::{Architecture, ModelConfig};
 pub use error::ModelError;
 pub use files::ModelFiles;
+pub use gguf::{Gguf, Metadata};
 pub use mixtral_runner::{MixtralRunner, RunnerOptions, WeightSource};
 pub use runner::{ModelRunner, RunnerLimits, StepOutput};
 pub use summary::ModelSummary;
