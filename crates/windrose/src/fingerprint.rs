@@ -3,7 +3,7 @@
 
 use anyhow::Result;
 use cpu::Isa;
-use model::mix64;
+use model::{ModelFiles, mix64};
 
 use crate::load::Model;
 use crate::settings::Settings;
@@ -21,7 +21,8 @@ const TEXT_FILES: [&str; 5] = [
 const NUM_SAMPLES: usize = 64;
 const SAMPLE_BYTES: usize = 64;
 
-/// Hashes the program's version, the instruction set, the model's text files, and a sample of its weights.
+/// Hashes the program's version, the instruction set, what the model's text files or its GGUF file's header say, and a
+/// sample of its weights.
 pub(crate) fn of(model: &Model, settings: &Settings) -> Result<String> {
     let mut hash = Hash(0);
     hash.add(env!("CARGO_PKG_VERSION").as_bytes());
@@ -29,7 +30,14 @@ pub(crate) fn of(model: &Model, settings: &Settings) -> Result<String> {
     for name in TEXT_FILES {
         hash.add(&model.files.read(name)?.unwrap_or_default());
     }
-    for name in model.files.names_ending_in(".safetensors") {
+    let suffix = match &model.files {
+        ModelFiles::Gguf(gguf) => {
+            hash.add(gguf.header());
+            ".gguf"
+        }
+        ModelFiles::Directory(_) | ModelFiles::Embedded(_) => ".safetensors",
+    };
+    for name in model.files.names_ending_in(suffix) {
         let bytes = model.files.map(&name)?;
         hash.add(&bytes.len().to_le_bytes());
         for sample in 0..NUM_SAMPLES {

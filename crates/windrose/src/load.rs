@@ -33,9 +33,7 @@ impl Model {
             (ModelFiles::Embedded(demo::files()), DEMO_NAME.to_owned())
         } else {
             let files = ModelFiles::open(path)?;
-            let directory = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-            let name =
-                directory.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned());
+            let name = default_name(path, &files);
             (files, name)
         };
         let config = ModelConfig::load(&files)?;
@@ -130,6 +128,15 @@ impl Model {
         );
         Ok(num_blocks)
     }
+}
+
+/// The name of a model's directory or GGUF file.
+fn default_name(path: &Path, files: &ModelFiles) -> String {
+    if let ModelFiles::Gguf(gguf) = files {
+        return gguf.name().to_owned();
+    }
+    let directory = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    directory.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned())
 }
 
 fn cache_bytes(summary: &ModelSummary, options: &RunnerOptions) -> u64 {

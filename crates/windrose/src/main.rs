@@ -58,7 +58,9 @@ fn command() -> Command {
             Command::new("inspect")
                 .about("Says what a model is: experts, parameters, bytes, and how many tokens fit here")
                 .arg(
-                    Arg::new("path").value_name("MODEL").help("Its directory [default: the setting `model`]"),
+                    Arg::new("path")
+                        .value_name("MODEL")
+                        .help("Its directory or .gguf file [default: the setting `model`]"),
                 ),
         )
 }
