@@ -7,9 +7,9 @@
 
 use std::ops::Range;
 
-use backend::{BackendError, ExpertsView, WeightData, WeightType, WeightView, dummy_value};
+use backend::{BackendError, ExpertsView, WeightData, WeightType, WeightView};
 use bytes::Bytes;
-use half::{bf16, f16};
+use half::bf16;
 
 use crate::dot::{Sums, TokenRows, WeightRows, dot_rows};
 use crate::grid::Grid;
@@ -218,7 +218,11 @@ impl Experts {
 impl Elements {
     fn new(view: &WeightView, team: &mut Team) -> Result<Self, BackendError> {
         if let WeightData::Stored(bytes) = &view.data {
-            assert_eq!(bytes.len(), view.len() * view.dtype.size(), "stored data fits its shape");
+            assert_eq!(
+                bytes.len(),
+                view.rows * view.dtype.row_bytes(view.cols),
+                "stored data fits its shape"
+            );
             let usable = bytemuck::try_cast_slice::<u8, bf16>(bytes).is_ok();
             if view.dtype == WeightType::Bf16 && cfg!(target_endian = "little") && usable {
                 return Ok(Self::Mapped(bytes.clone()));
@@ -241,38 +245,24 @@ fn convert(view: &WeightView, team: &mut Team) -> Result<Buffer<bf16>, BackendEr
     let mut buffer = Buffer::<bf16>::zeroed("a weight matrix", view.len())?;
     let rows_per_task = (1 << 16) / view.cols.max(1) + 1;
     team.for_each(Grid::row_bands(&mut buffer, view.cols, rows_per_task), |mut band| {
+        let mut decoded = vec![0.0; view.cols];
         for row in band.rows() {
-            convert_row(view, row, band.row(row));
+            convert_row(view, row, &mut decoded, band.row(row));
         }
     });
     Ok(buffer)
 }
 
-pub(crate) fn convert_row(view: &WeightView, row: usize, out: &mut [bf16]) {
-    let first = row * view.cols;
-    match &view.data {
-        WeightData::Dummy { seed, mean, std } => {
-            let elements = out.iter_mut().zip(first as u64..);
-            elements.for_each(|(out, index)| *out = dummy_value(*seed, index, *mean, *std));
-        }
-        WeightData::Stored(bytes) => {
-            let size = view.dtype.size();
-            let bytes = &bytes[first * size..][..view.cols * size];
-            match view.dtype {
-                WeightType::Bf16 => decode(bytes, out, bf16::from_le_bytes),
-                WeightType::F16 => decode(bytes, out, |e| Element::from_f32(f16::from_le_bytes(e).to_f32())),
-                WeightType::F32 => decode(bytes, out, |e| Element::from_f32(f32::from_le_bytes(e))),
-            }
-        }
-    }
-}
-
-fn decode<const SIZE: usize>(bytes: &[u8], out: &mut [bf16], element: impl Fn([u8; SIZE]) -> bf16) {
-    out.iter_mut().zip(bytes.as_chunks().0).for_each(|(out, &bytes)| *out = element(bytes));
+/// Decodes one row into `decoded` and rounds it to bf16.
+fn convert_row(view: &WeightView, row: usize, decoded: &mut [f32], out: &mut [bf16]) {
+    view.row_to_f32(row, decoded);
+    out.iter_mut().zip(decoded).for_each(|(out, &mut element)| *out = Element::from_f32(element));
 }
 
 #[cfg(test)]
 mod tests {
+    use half::f16;
+
     use super::*;
 
     fn view(dtype: WeightType, rows: usize, cols: usize, data: WeightData) -> WeightView {

@@ -32,8 +32,6 @@ use bytes::Bytes;
 use crate::dot::{MAX_TOKENS, Sums};
 use crate::grid::{Grid, Tile};
 use crate::isa::{Isa, Kernel};
-use crate::matrix::convert_row;
-use crate::numbers::Element;
 use crate::operand::{QuantisedRow, QuantisedRows};
 use crate::simd::{QUAD_ROWS, Simd};
 use crate::team::Team;
@@ -217,7 +215,6 @@ impl<B: Block> Kernel for Pack<'_, B> {
     #[inline(always)]
     fn run<S: Simd>(mut self, _: S) {
         let cols = self.views[0].cols;
-        let mut row = vec![half::bf16::ZERO; cols];
         let mut values = vec![0.0; cols.next_multiple_of(GROUP)];
         for panel in self.panels.rows() {
             let blocks = self.panels.row(panel);
@@ -225,8 +222,7 @@ impl<B: Block> Kernel for Pack<'_, B> {
             for (row_in_panel, (view, row_in_view)) in
                 rows_from(self.views, first).take(PANEL_ROWS).enumerate()
             {
-                convert_row(view, row_in_view, &mut row);
-                values.iter_mut().zip(&row).for_each(|(value, x)| *value = Element::to_f32(*x));
+                view.row_to_f32(row_in_view, &mut values[..cols]);
                 for (block, values) in blocks.iter_mut().zip(values.as_chunks::<GROUP>().0) {
                     block.set_row(row_in_panel, values);
                 }

@@ -1,4 +1,5 @@
-//! The shape of a model, read from Hugging Face's `config.json` and checked before anything is allocated.
+//! The shape of a model, read from Hugging Face's `config.json` (or, in `gguf/config.rs`, from a GGUF file) and checked
+//! before anything is allocated.
 //!
 //! One description covers Mixtral and its dense siblings: a dense model has one expert per layer and no router.
 //! Whatever changes the mathematics and is not implemented (rope scaling, biases, other activations) is refused
@@ -106,11 +107,14 @@ struct RopeParameters {
 }
 
 impl ModelConfig {
-    /// Reads and checks a model's `config.json`.
+    /// Reads and checks a model's `config.json`, or the metadata of its GGUF file.
     ///
     /// # Errors
     /// [`ModelError::Config`] naming the key, what was found and what is accepted.
     pub fn load(files: &ModelFiles) -> Result<Self, ModelError> {
+        if let ModelFiles::Gguf(gguf) = files {
+            return gguf.config();
+        }
         let file = files.display_name("config.json");
         let contents = files.read("config.json")?.ok_or_else(|| ModelError::File {
             file: file.clone(),
@@ -165,7 +169,8 @@ impl ModelConfig {
         Ok(config)
     }
 
-    fn check_sizes(&self) -> Result<(), String> {
+    /// Checks what is independent of where the sizes came from.
+    pub(crate) fn check_sizes(&self) -> Result<(), String> {
         let AttentionShape { num_heads, num_kv_heads, head_dim, sliding_window } = self.attention;
         let RouteShape { num_experts, top_k } = self.route;
         let sizes = [

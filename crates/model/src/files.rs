@@ -1,4 +1,4 @@
-//! The files of a model: a directory in Hugging Face layout, or files embedded in the binary.
+//! The files of a model: a directory in Hugging Face layout, a GGUF file, or files embedded in the binary.
 //!
 //! Large files are memory-mapped and everything above works on [`Bytes`], so a mapped checkpoint is never
 //! copied and stays open for as long as any weight refers to it. This is the one place of the crate with
@@ -7,10 +7,11 @@
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::ModelError;
+use crate::{Gguf, ModelError};
 
 /// Largest file that is read into memory rather than mapped.
 const MAX_TEXT_BYTES: u64 = 64 << 20;
@@ -20,16 +21,22 @@ const MAX_TEXT_BYTES: u64 = 64 << 20;
 pub enum ModelFiles {
     /// A directory with `config.json`, `*.safetensors`, `tokenizer.json` and so on.
     Directory(PathBuf),
+    /// A GGUF file, or a set of them, which has everything; there are no text files beside it.
+    Gguf(Arc<Gguf>),
     /// Name and contents of files in the binary itself.
     Embedded(&'static [(&'static str, &'static [u8])]),
 }
 
 impl ModelFiles {
-    /// Opens a model directory, or the directory of a `config.json`.
+    /// Opens a `.gguf` file, a model directory, or the directory of a `config.json`.
     ///
     /// # Errors
-    /// If there is no such directory or no `config.json` in it; the message says what to do.
+    /// If there is no such file or directory, no `config.json` in it, or the GGUF file is not sound; the message says
+    /// what to do.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
+        if path.extension().is_some_and(|extension| extension == "gguf") && !path.is_dir() {
+            return Gguf::open(path).map(|gguf| Self::Gguf(gguf.into()));
+        }
         let directory = if path.file_name().is_some_and(|name| name == "config.json") {
             path.parent().unwrap_or(Path::new("."))
         } else {
@@ -39,11 +46,14 @@ impl ModelFiles {
             |reason: &str| ModelError::File { file: path.display().to_string(), reason: reason.to_owned() };
         if !path.exists() {
             return Err(error(
-                "no such file or directory; give the directory of a model in Hugging Face layout",
+                "no such file or directory; give the directory of a model in Hugging Face layout, or a .gguf file",
             ));
         }
         if !directory.join("config.json").is_file() {
-            return Err(error("this is not a model directory in Hugging Face layout: it has no config.json"));
+            return Err(error(
+                "this is not a model directory in Hugging Face layout: it has no config.json (of a model in GGUF, \
+                 give the file)",
+            ));
         }
         Ok(Self::Directory(directory.to_owned()))
     }
@@ -55,6 +65,7 @@ impl ModelFiles {
     pub fn read(&self, name: &str) -> Result<Option<Bytes>, ModelError> {
         let path = match self {
             Self::Embedded(_) => return Ok(self.embedded(name)),
+            Self::Gguf(_) => return Ok(None),
             Self::Directory(directory) => directory.join(name),
         };
         let error = |reason: String| ModelError::File { file: path.display().to_string(), reason };
@@ -80,7 +91,13 @@ impl ModelFiles {
         let error = |reason: String| ModelError::File { file: self.display_name(name), reason };
         match self {
             Self::Embedded(_) => self.embedded(name).ok_or_else(|| error("it is not embedded".to_owned())),
-            Self::Directory(directory) => map_file(&directory.join(name)).map_err(|e| error(e.to_string())),
+            Self::Gguf(gguf) => {
+                let found = gguf.files().find(|(file, _)| *file == name);
+                found
+                    .map(|(_, bytes)| bytes.clone())
+                    .ok_or_else(|| error("it is no file of the model".to_owned()))
+            }
+            Self::Directory(directory) => map_path(&directory.join(name)),
         }
     }
 
@@ -88,6 +105,7 @@ impl ModelFiles {
     pub fn names_ending_in(&self, suffix: &str) -> Vec<String> {
         let mut names: Vec<String> = match self {
             Self::Embedded(files) => files.iter().map(|(name, _)| (*name).to_owned()).collect(),
+            Self::Gguf(gguf) => gguf.files().map(|(file, _)| file.to_owned()).collect(),
             Self::Directory(directory) => std::fs::read_dir(directory)
                 .into_iter()
                 .flatten()
@@ -103,6 +121,7 @@ impl ModelFiles {
     pub fn display_name(&self, name: &str) -> String {
         match self {
             Self::Embedded(_) => format!("embedded {name}"),
+            Self::Gguf(_) => name.to_owned(),
             Self::Directory(directory) => directory.join(name).display().to_string(),
         }
     }
@@ -111,6 +130,11 @@ impl ModelFiles {
         let Self::Embedded(files) = self else { return None };
         files.iter().find(|(file, _)| *file == name).map(|(_, contents)| Bytes::from_static(contents))
     }
+}
+
+/// Maps a large file by its path.
+pub(crate) fn map_path(path: &Path) -> Result<Bytes, ModelError> {
+    map_file(path).map_err(|e| ModelError::File { file: path.display().to_string(), reason: e.to_string() })
 }
 
 #[allow(unsafe_code)]

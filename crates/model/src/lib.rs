@@ -12,6 +12,7 @@ mod checkpoint;
 mod config;
 mod error;
 mod files;
+mod gguf;
 mod mixtral;
 mod mixtral_runner;
 mod runner;
@@ -19,12 +20,13 @@ mod summary;
 mod weights;
 
 pub use backend::{
-    BackendError, Batch, NonFiniteLogits, SampleParams, SampleRow, Sampled, TokenLogprob,
+    BackendError, Batch, NonFiniteLogits, SampleParams, SampleRow, Sampled, TokenLogprob, WeightType,
     sampling::{mix64, sample_row},
 };
 pub use config::{Architecture, ModelConfig};
 pub use error::ModelError;
 pub use files::ModelFiles;
+pub use gguf::{Gguf, Metadata};
 pub use mixtral_runner::{MixtralRunner, RunnerOptions, WeightSource};
 pub use runner::{ModelRunner, RunnerLimits, StepOutput};
 pub use summary::ModelSummary;

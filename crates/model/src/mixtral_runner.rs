@@ -67,7 +67,7 @@ impl<B: Backend> MixtralRunner<B> {
             max_num_logits: options.max_num_seqs,
         };
         let mut weights = match source {
-            WeightSource::Checkpoint => Weights::stored(files)?,
+            WeightSource::Checkpoint => Weights::stored(files, config)?,
             WeightSource::Dummy { seed } => Weights::Dummy { seed },
         };
         let model = Mixtral::load(&mut backend, config, &mut weights, options.max_model_len, progress)?;

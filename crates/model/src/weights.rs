@@ -35,8 +35,8 @@ pub(crate) struct LayerWeights {
 }
 
 impl Weights {
-    pub(crate) fn stored(files: &ModelFiles) -> Result<Self, ModelError> {
-        Checkpoint::open(files).map(Self::Stored)
+    pub(crate) fn stored(files: &ModelFiles, config: &ModelConfig) -> Result<Self, ModelError> {
+        Checkpoint::open(files, config).map(Self::Stored)
     }
 
     /// The embedding table `[vocab, hidden]`.
@@ -90,13 +90,13 @@ impl Weights {
         };
         match checkpoint.remaining().into_iter().find(|(name, _)| !harmless(name)) {
             None => Ok(()),
-            Some((name, tensor)) => {
+            Some((_, tensor)) => {
                 let reason = format!(
                     "unexpected in a {} with {} layers",
                     config.architecture.name(),
                     config.num_layers
                 );
-                Err(tensor_error(name, tensor, reason))
+                Err(tensor_error(tensor, reason))
             }
         }
     }
@@ -146,14 +146,14 @@ impl Weights {
 
     fn norm(&mut self, name: &str, features: usize) -> Result<WeightView, ModelError> {
         match self {
-            Self::Stored(checkpoint) => view(name, &checkpoint.take(name)?, &[features]),
+            Self::Stored(checkpoint) => view(&checkpoint.take(name)?, &[features]),
             Self::Dummy { seed } => Ok(dummy(*seed, name, 1, features, 1.0)),
         }
     }
 
     fn matrix(&mut self, name: &str, rows: usize, cols: usize) -> Result<WeightView, ModelError> {
         match self {
-            Self::Stored(checkpoint) => view(name, &checkpoint.take(name)?, &[rows, cols]),
+            Self::Stored(checkpoint) => view(&checkpoint.take(name)?, &[rows, cols]),
             Self::Dummy { seed } => Ok(dummy(*seed, name, rows, cols, 0.0)),
         }
     }
@@ -166,22 +166,16 @@ fn dummy(seed: u64, name: &str, rows: usize, cols: usize, mean: f32) -> WeightVi
     WeightView { rows, cols, dtype: backend::WeightType::Bf16, data }
 }
 
-/// Checks a stored tensor's type and shape; leading dimensions become rows.
-fn view(name: &str, tensor: &StoredTensor, expected: &[usize]) -> Result<WeightView, ModelError> {
-    let Some(dtype) = tensor.weight_type() else {
-        let reason = format!("expected BF16, F16 or F32, found {:?}", tensor.dtype);
-        return Err(tensor_error(name, tensor, reason));
-    };
-    if tensor.shape != expected {
-        return Err(tensor_error(
-            name,
-            tensor,
-            format!("expected shape {expected:?}, found {:?}", tensor.shape),
-        ));
+/// Checks a stored tensor's shape; leading dimensions become rows.
+fn view(tensor: &StoredTensor, expected: &[usize]) -> Result<WeightView, ModelError> {
+    let StoredTensor { dtype, shape, bytes, row_order, .. } = tensor;
+    if shape != expected {
+        return Err(tensor_error(tensor, format!("expected shape {expected:?}, found {shape:?}")));
     }
     let cols = *expected.last().expect("a weight has a dimension");
     let rows = expected[..expected.len() - 1].iter().product();
-    Ok(WeightView { rows, cols, dtype, data: WeightData::Stored(tensor.bytes.clone()) })
+    let data = WeightData::Stored(row_order.restore(bytes, dtype.row_bytes(cols)));
+    Ok(WeightView { rows, cols, dtype: *dtype, data })
 }
 
 /// One view per expert of a tensor `[num_experts, rows, cols]`.
@@ -190,7 +184,7 @@ fn fused_experts(
     name: &str,
     shape: [usize; 3],
 ) -> Result<Vec<WeightView>, ModelError> {
-    let all = view(name, &checkpoint.take(name)?, &shape)?;
+    let all = view(&checkpoint.take(name)?, &shape)?;
     let [num_experts, rows, _] = shape;
     Ok((0..num_experts).map(|expert| row_range(&all, expert * rows, rows)).collect())
 }
@@ -202,11 +196,11 @@ fn split_rows(view: &WeightView, rows: usize) -> (WeightView, WeightView) {
 
 fn row_range(view: &WeightView, start: usize, rows: usize) -> WeightView {
     let WeightData::Stored(bytes) = &view.data else { unreachable!("only stored tensors are fused") };
-    let row_bytes = view.cols * view.dtype.size();
+    let row_bytes = view.dtype.row_bytes(view.cols);
     let bytes = bytes.slice(start * row_bytes..(start + rows) * row_bytes);
     WeightView { rows, data: WeightData::Stored(bytes), ..*view }
 }
 
-fn tensor_error(name: &str, tensor: &StoredTensor, reason: String) -> ModelError {
-    ModelError::Tensor { file: tensor.file.to_string(), tensor: name.to_owned(), reason }
+fn tensor_error(tensor: &StoredTensor, reason: String) -> ModelError {
+    ModelError::Tensor { file: tensor.file.to_string(), tensor: tensor.name.clone(), reason }
 }

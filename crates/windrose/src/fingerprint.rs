@@ -21,8 +21,8 @@ const TEXT_FILES: [&str; 5] = [
 const NUM_SAMPLES: usize = 256;
 const SAMPLE_BYTES: usize = 64;
 
-/// Hashes the program's version, the instruction set, the model's text files, and the format and a sample of its
-/// weights.
+/// Hashes the program's version, the instruction set, what the model's text files or its GGUF file's header say, and
+/// the format and a sample of its weights.
 pub(crate) fn of(model: &Model, settings: &Settings) -> Result<String> {
     let mut hash = Hash(0);
     hash.add(env!("CARGO_PKG_VERSION").as_bytes());
@@ -43,7 +43,7 @@ pub(crate) fn of(model: &Model, settings: &Settings) -> Result<String> {
     Ok(format!("fp_{:012x}", hash.0 >> 16))
 }
 
-/// Identifies a model's weights: its configuration and a sample of its weight files.
+/// Identifies a model's weights: its configuration, or its GGUF file's header, and a sample of its weight files.
 pub(crate) fn of_weights(files: &ModelFiles) -> Result<ImageKey> {
     let config = files.read("config.json")?.unwrap_or_default();
     let mut key = [Hash(0), Hash(1)];
@@ -68,7 +68,14 @@ impl Hash {
     }
 
     fn add_weights(&mut self, files: &ModelFiles) -> Result<()> {
-        for name in files.names_ending_in(".safetensors") {
+        let suffix = match files {
+            ModelFiles::Gguf(gguf) => {
+                self.add(gguf.header());
+                ".gguf"
+            }
+            ModelFiles::Directory(_) | ModelFiles::Embedded(_) => ".safetensors",
+        };
+        for name in files.names_ending_in(suffix) {
             let bytes = files.map(&name)?;
             self.add(&bytes.len().to_le_bytes());
             for sample in 0..NUM_SAMPLES {

@@ -5,15 +5,17 @@ use std::fmt::Write;
 use cpu::{KvFormat, WeightFormat};
 use model::{ModelConfig, ModelSummary};
 
+use crate::load::{Model, token_bytes};
+
 /// A page about a model: shape, parameters, bytes, and how many tokens fit in `available_bytes`.
-pub(crate) fn page(name: &str, config: &ModelConfig, available_bytes: u64) -> String {
-    let summary = ModelSummary::new(config);
+pub(crate) fn page(model: &Model, available_bytes: u64) -> String {
+    let (config, summary) = (&model.config, ModelSummary::new(&model.config));
     let attention = &config.attention;
     let mut page = String::new();
     let mut row =
         |label: &str, value: String| writeln!(page, "  {label:<22}{value}").expect("writing to a string");
 
-    row("model", name.to_owned());
+    row("model", model.name.clone());
     row("architecture", config.architecture.name().to_owned());
     row("layers", config.num_layers.to_string());
     row("hidden, ffn", format!("{}, {}", config.hidden_size, config.ffn_size));
@@ -30,10 +32,9 @@ pub(crate) fn page(name: &str, config: &ModelConfig, available_bytes: u64) -> St
     row("context", format!("{} tokens", config.max_position_embeddings));
     row("parameters", parameters(config, &summary));
     row("weights", WeightFormat::ALL.map(|format| weights(&summary, format)).join(", "));
-    let cache =
-        |format: KvFormat| format!("{} in {}", bytes(token_bytes(&summary, config, format)), format.name());
+    let cache = |format| format!("{} in {}", bytes(token_bytes(&summary, config, format)), format.name());
     row("cache per token", KvFormat::ALL.map(cache).join(", "));
-    row("fits here", capacity(config, &summary, available_bytes));
+    row("fits here", capacity(model, &summary, available_bytes));
     page
 }
 
@@ -61,15 +62,14 @@ fn parameters(config: &ModelConfig, summary: &ModelSummary) -> String {
     )
 }
 
-fn capacity(config: &ModelConfig, summary: &ModelSummary, available_bytes: u64) -> String {
+fn capacity(model: &Model, summary: &ModelSummary, available_bytes: u64) -> String {
     let available = bytes(available_bytes);
-    let format = automatic_format(summary, available_bytes);
-    let name = format.name();
-    match available_bytes.checked_sub(summary.weight_bytes(format.bits())) {
+    let name = model.weights.name();
+    match available_bytes.checked_sub(summary.weight_bytes(model.weights.bits())) {
         None => format!("no: {available} of memory are available, less than the weights in {name}"),
         Some(left) => {
-            let tokens = left / token_bytes(summary, config, KvFormat::Bf16);
-            let contexts = tokens / config.max_position_embeddings as u64;
+            let tokens = left / token_bytes(summary, &model.config, model.kv_cache);
+            let contexts = tokens / model.config.max_position_embeddings as u64;
             format!(
                 "{tokens} tokens of cache in {available} beside the weights in {name}, {contexts} full contexts"
             )
@@ -79,17 +79,6 @@ fn capacity(config: &ModelConfig, summary: &ModelSummary, available_bytes: u64) 
 
 fn weights(summary: &ModelSummary, format: WeightFormat) -> String {
     format!("{} in {}", bytes(summary.weight_bytes(format.bits())), format.name())
-}
-
-/// What a token takes in the cache.
-pub(crate) fn token_bytes(summary: &ModelSummary, config: &ModelConfig, format: KvFormat) -> u64 {
-    summary.kv_heads_per_token * format.head_bytes(config.attention.head_dim) as u64
-}
-
-/// The most precise format in which the weights fit; the smallest if none does.
-pub(crate) fn automatic_format(summary: &ModelSummary, available_bytes: u64) -> WeightFormat {
-    let fits = |format: &WeightFormat| summary.weight_bytes(format.bits()) <= available_bytes;
-    WeightFormat::ALL.into_iter().find(fits).unwrap_or(WeightFormat::Q4)
 }
 
 /// A number of parameters as people say it.

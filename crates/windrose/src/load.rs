@@ -5,10 +5,13 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use cpu::{Cpu, CpuOptions, KvFormat, WeightFormat};
-use model::{MixtralRunner, ModelConfig, ModelFiles, ModelRunner, ModelSummary, RunnerOptions, WeightSource};
+use model::{
+    MixtralRunner, ModelConfig, ModelFiles, ModelRunner, ModelSummary, RunnerOptions, WeightSource,
+    WeightType,
+};
 use tracing::info;
 
-use crate::inspect::{automatic_format, bytes, token_bytes};
+use crate::inspect::bytes;
 use crate::memory;
 use crate::packed_file::PackedFile;
 use crate::progress::Progress;
@@ -38,15 +41,13 @@ impl Model {
             (ModelFiles::Embedded(demo::files()), DEMO_NAME.to_owned())
         } else {
             let files = ModelFiles::open(path)?;
-            let directory = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-            let name =
-                directory.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned());
+            let name = default_name(path, &files);
             (files, name)
         };
         let config = ModelConfig::load(&files)?;
         let named = !settings.served_model_name.is_empty();
         let name = if named { settings.served_model_name.clone() } else { default_name };
-        let weights = weight_format(settings, &config)?;
+        let weights = weight_format(settings, &files, &config)?;
         let kv_cache = kv_format(settings)?;
         Ok(Self { name, files, config, weights, kv_cache })
     }
@@ -162,12 +163,44 @@ fn kv_format(settings: &Settings) -> Result<KvFormat> {
     named.with_context(|| format!("kv_cache is \"{}\", expected \"bf16\" or \"q8\"", settings.kv_cache))
 }
 
-fn weight_format(settings: &Settings, config: &ModelConfig) -> Result<WeightFormat> {
+fn weight_format(settings: &Settings, files: &ModelFiles, config: &ModelConfig) -> Result<WeightFormat> {
     if settings.weights == "auto" {
-        return Ok(automatic_format(&ModelSummary::new(config), memory::available_bytes()));
+        return Ok(automatic_format(files, &ModelSummary::new(config), memory::available_bytes()));
     }
     let named = WeightFormat::ALL.into_iter().find(|format| format.name() == settings.weights);
     named.with_context(|| {
         format!("weights is \"{}\", expected \"auto\", \"bf16\", \"q8\" or \"q4\"", settings.weights)
     })
+}
+
+/// The most precise format in which the weights fit, but none that is wasted on what is stored; the smallest if none
+/// fits.
+fn automatic_format(files: &ModelFiles, summary: &ModelSummary, available_bytes: u64) -> WeightFormat {
+    let stored = match files {
+        ModelFiles::Gguf(gguf) => gguf.main_type(),
+        ModelFiles::Directory(_) | ModelFiles::Embedded(_) => WeightType::Bf16,
+    };
+    let precise = match stored {
+        WeightType::Bf16 | WeightType::F16 | WeightType::F32 => WeightFormat::Bf16,
+        WeightType::Q8_0 | WeightType::Q4K | WeightType::Q5K | WeightType::Q6K => WeightFormat::Q8,
+        // A group of 32 with one scale, as ours: it keeps its values.
+        WeightType::Q4_0 => WeightFormat::Q4,
+    };
+    let fits = |format: &WeightFormat| summary.weight_bytes(format.bits()) <= available_bytes;
+    let mut candidates = WeightFormat::ALL.into_iter().skip_while(|&format| format != precise);
+    candidates.find(fits).unwrap_or(WeightFormat::Q4)
+}
+
+/// What a token takes in the cache.
+pub(crate) fn token_bytes(summary: &ModelSummary, config: &ModelConfig, format: KvFormat) -> u64 {
+    summary.kv_heads_per_token * format.head_bytes(config.attention.head_dim) as u64
+}
+
+/// The name of a model's directory or GGUF file.
+fn default_name(path: &Path, files: &ModelFiles) -> String {
+    if let ModelFiles::Gguf(gguf) = files {
+        return gguf.name().to_owned();
+    }
+    let directory = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    directory.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned())
 }

@@ -48,7 +48,9 @@ fn command() -> Command {
         .value_name("FILE")
         .value_parser(value_parser!(PathBuf))
         .help("A file with the settings that differ from config.toml's defaults");
-    let model = Arg::new("path").value_name("MODEL").help("Its directory [default: the setting `model`]");
+    let model = Arg::new("path")
+        .value_name("MODEL")
+        .help("Its directory or .gguf file [default: the setting `model`]");
     let serve = Command::new("serve").about("Serves a model behind OpenAI's API (the default)");
     Command::new("windrose")
         .about("Serves sparse mixture-of-experts models of the Mixtral family behind OpenAI's API")
@@ -98,7 +100,7 @@ fn run(matches: &ArgMatches) -> Result<()> {
         _ => {
             settings.model = model_path(arguments, &settings);
             let model = Model::find(&settings)?;
-            print!("{}", inspect::page(&model.name, &model.config, memory::available_bytes()));
+            print!("{}", inspect::page(&model, memory::available_bytes()));
             Ok(())
         }
     }

@@ -1,7 +1,7 @@
 //! A model's quantised weights as a file, so that the next start maps them instead of quantising again.
 //!
-//! The file is named after the format (`windrose-q8.packed`) and lies beside the model, or in a directory of its own
-//! with the model's name before it. It is written under another name and renamed when whole. A file that is damaged,
+//! The file is named after the format (`windrose-q8.packed`) and lies beside the model; a GGUF file's, or one in a
+//! directory of its own, has the model's name before it. It is written under another name and renamed when whole. A file that is damaged,
 //! or was made of other weights, is made anew; one that cannot be written is only worth a warning.
 
 use std::fs::{self, File};
@@ -27,20 +27,28 @@ pub(crate) struct PackedFile {
 }
 
 impl PackedFile {
-    /// The file of a model; `None` if its weights are not quantised or come from no directory.
+    /// The file of a model; `None` if its weights are not quantised or come from no file.
     ///
     /// # Errors
     /// If the model's files cannot be read.
     pub(crate) fn of(model: &Model, settings: &Settings) -> Result<Option<Self>> {
-        let ModelFiles::Directory(beside) = &model.files else { return Ok(None) };
         let wanted = model.weights != WeightFormat::Bf16 && settings.packed_dir != "off";
         if !wanted || settings.dummy_seed()?.is_some() {
             return Ok(None);
         }
         let name = format!("windrose-{}.packed", model.weights.name());
+        let named = |model: &str| format!("{}.{name}", model.replace(['/', '\\'], "-"));
+        let beside = match &model.files {
+            ModelFiles::Embedded(_) => return Ok(None),
+            ModelFiles::Directory(directory) => (directory.clone(), name.clone()),
+            ModelFiles::Gguf(gguf) => {
+                let path = Path::new(&settings.model);
+                (path.parent().unwrap_or(Path::new("")).to_owned(), named(gguf.name()))
+            }
+        };
         let (directory, name) = match settings.packed_dir.as_str() {
-            "" => (beside.clone(), name),
-            other => (other.into(), format!("{}.{name}", model.name.replace(['/', '\\'], "-"))),
+            "" => beside,
+            other => (other.into(), named(&model.name)),
         };
         let key = fingerprint::of_weights(&model.files)?;
         Ok(Some(Self { directory, name, format: model.weights, key }))

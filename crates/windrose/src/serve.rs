@@ -99,23 +99,35 @@ fn bind(settings: &Settings) -> Result<TcpListener> {
 /// The words of a model, from its files. Dummy weights say nothing sensible in any words, so without a tokenizer
 /// the demo model's will do, and a configuration alone is enough.
 fn text_files(model: &Model, settings: &Settings) -> Result<TextFiles> {
-    let demo = ModelFiles::Embedded(demo::files());
-    let mut files = &model.files;
-    if files.read(TOKENIZER)?.is_none() && settings.dummy_seed()?.is_some() {
-        warn!("the model has no {TOKENIZER}: the demo model's stands in for it");
-        files = &demo;
+    if let Some(files) = own_text_files(&model.files)? {
+        return Ok(files);
+    }
+    if settings.dummy_seed()?.is_some() {
+        warn!("the model has no tokenizer: the demo model's stands in for it");
+        return Ok(own_text_files(&ModelFiles::Embedded(demo::files()))?.expect("the demo model's tokenizer"));
+    }
+    match &model.files {
+        ModelFiles::Gguf(gguf) => bail!("{} has no tokenizer, which the server needs", gguf.name()),
+        files => {
+            bail!("{} is missing: the server needs the model's tokenizer", files.display_name(TOKENIZER))
+        }
+    }
+}
+
+/// The words that a model comes with; `None` if it has no tokenizer.
+fn own_text_files(files: &ModelFiles) -> Result<Option<TextFiles>> {
+    if let ModelFiles::Gguf(gguf) = files {
+        return Ok(TextFiles::from_gguf(gguf.metadata())?);
     }
     let read = |name: &str| Ok::<_, anyhow::Error>(files.read(name)?.map(|contents| contents.to_vec()));
-    let Some(tokenizer_json) = read(TOKENIZER)? else {
-        bail!("{} is missing: the server needs the model's tokenizer", files.display_name(TOKENIZER));
-    };
+    let Some(tokenizer_json) = read(TOKENIZER)? else { return Ok(None) };
     let chat_template = read("chat_template.jinja")?.map(String::from_utf8).transpose();
-    Ok(TextFiles {
+    Ok(Some(TextFiles {
         tokenizer_json,
         tokenizer_config_json: read("tokenizer_config.json")?,
         chat_template: chat_template.context("chat_template.jinja is not UTF-8")?,
         generation_config_json: read("generation_config.json")?,
-    })
+    }))
 }
 
 fn server_config(settings: &Settings, model: &Model) -> Result<ServerConfig> {

@@ -34,6 +34,18 @@ const TINY_MODELS: [&str; 8] = [
     "llama-dense-f16",
 ];
 
+/// The same models in GGUF: interleaved heads, stacked experts or one tensor for each (4x1), one file or several
+/// (16x3), heads of another size than the rest suggests (fused), types other than those of the safetensors (4x1).
+const GGUF_MODELS: [(&str, &str); 7] = [
+    ("mixtral-8x2-gqa", "mixtral-8x2-gqa.gguf"),
+    ("mixtral-4x1-mha-f32", "mixtral-4x1-mha-f32.gguf"),
+    ("mixtral-16x3-sharded", "mixtral-16x3-sharded-00001-of-00003.gguf"),
+    ("mixtral-8x2-tied", "mixtral-8x2-tied.gguf"),
+    ("mixtral-8x2-fused", "mixtral-8x2-fused.gguf"),
+    ("mistral-dense-window", "mistral-dense-window.gguf"),
+    ("llama-dense-f16", "llama-dense-f16.gguf"),
+];
+
 /// One recorded prompt.
 struct Expected {
     prompt: Vec<u32>,
@@ -181,6 +193,30 @@ fn tiny_models_of_every_shape_match_on_the_cpu() {
         for backend in cpu_backends() {
             check(name, backend, &ModelFiles::open(&fixture(name)).unwrap(), TINY_TOLERANCE);
         }
+    }
+}
+
+#[test]
+fn tiny_models_in_gguf_match_on_both() {
+    for (name, file) in GGUF_MODELS {
+        let files = ModelFiles::open(&fixture("gguf").join(file)).unwrap();
+        check(name, Reference::new(), &files, TINY_TOLERANCE);
+        check(
+            name,
+            Cpu::new(CpuOptions { num_threads: Some(2), ..CpuOptions::default() }),
+            &files,
+            TINY_TOLERANCE,
+        );
+    }
+}
+
+/// A configuration differs only in what GGUF does not have: several end tokens, or a window that nobody uses.
+#[test]
+fn gguf_describes_the_same_models() {
+    for (name, file) in GGUF_MODELS {
+        let ours = ModelConfig::load(&ModelFiles::open(&fixture("gguf").join(file)).unwrap()).unwrap();
+        let expected = ModelConfig::load(&ModelFiles::open(&fixture(name)).unwrap()).unwrap();
+        assert_eq!(ModelConfig { eos_token_ids: expected.eos_token_ids.clone(), ..ours }, expected, "{name}");
     }
 }
 

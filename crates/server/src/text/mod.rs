@@ -4,6 +4,7 @@
 //! messages ─► template ─► rendered text ─► tokenizer ─► ids ─► engine ─► ids ─► detokenizer ─► stop ─► text
 //! ```
 
+mod gguf;
 pub(crate) mod model;
 
 pub(crate) mod python_json;

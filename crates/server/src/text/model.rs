@@ -6,7 +6,8 @@ use thiserror::Error;
 use super::template::{ChatTemplate, SpecialTokens};
 use super::tokenizer::TextTokenizer;
 
-/// The files of a Hugging Face directory that say how a model reads and writes, as they were read.
+/// The files of a Hugging Face directory that say how a model reads and writes, as they were read; for a model in
+/// GGUF they are made by [`from_gguf`](Self::from_gguf).
 #[derive(Debug, Clone, Default)]
 pub struct TextFiles {
     /// `tokenizer.json`.
@@ -29,6 +30,9 @@ pub enum TextError {
     /// `tokenizer.json` decodes in a way that is not supported.
     #[error("tokenizer.json: decoder {0} is not supported; byte-fallback and byte-level BPE are")]
     Decoder(String),
+    /// A GGUF file's vocabulary is broken or of a kind that is not supported.
+    #[error("the vocabulary of the GGUF file: {0}")]
+    Gguf(String),
     /// A configuration file is not JSON.
     #[error("{file}: {message}")]
     Config {
