@@ -10,7 +10,7 @@ const READ_BYTES: u64 = 1 << 30;
 /// The share of the available memory that they may take.
 const MEMORY_SHARE: u64 = 8;
 /// Attempts, of which the best is the limit: whatever disturbs one makes it slower, never faster.
-const ATTEMPTS: usize = 5;
+const ATTEMPTS: usize = 3;
 
 /// The two limits of a machine.
 #[derive(Debug, Clone, Copy, Serialize)]
