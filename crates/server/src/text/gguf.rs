@@ -13,8 +13,9 @@
 //! the best piece, so every way to make a piece of two others is a merge, and the best piece's merges come first; this
 //! is how Hugging Face converts such vocabularies (`generate_merges` in `convert_slow_tokenizer.py`).
 //!
-//! What GGUF does not say is whether a space goes before the words after a control token. Llama 2 and the first
-//! Mistral and Mixtral want one there; those whose `[INST]` is a control token do not.
+//! What GGUF does not say is whether a space goes before words that follow a control token without one. In the words of
+//! Llama 2 and the first Mixtral it does, whose templates write `<s>[INST]` or, later, `<s> [INST]` and mean the same;
+//! in those of Mistral models whose `[INST]` is itself a control token it does not.
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
@@ -94,16 +95,10 @@ impl<'a> Words<'a> {
     fn sentence_piece(&self) -> Result<Value, TextError> {
         let adds_space = self.flag("add_space_prefix")?.unwrap_or(true);
         let inst = self.tokens.iter().position(|token| token == "[INST]");
-        let after_control = inst.is_none_or(|id| self.types[id] != CONTROL);
-        let metaspace = |scheme: &str| json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": false});
-        let (normalizer, pre_tokenizer) = match (adds_space, after_control) {
-            (false, _) => (Value::Null, metaspace("never")),
-            (true, false) => (Value::Null, metaspace("first")),
-            (true, true) => {
-                let replace = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
-                let prepend = json!({"type": "Prepend", "prepend": "▁"});
-                (json!({"type": "Sequence", "normalizers": [prepend, replace]}), Value::Null)
-            }
+        let prepend_scheme = match (adds_space, inst) {
+            (false, _) => "never",
+            (true, Some(id)) if self.types[id] == CONTROL => "first",
+            (true, _) => "always",
         };
         let mut decoders = vec![
             json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "}),
@@ -117,7 +112,9 @@ impl<'a> Words<'a> {
         Ok(json!({
             "version": "1.0", "truncation": null, "padding": null,
             "added_tokens": self.added_tokens()?,
-            "normalizer": normalizer, "pre_tokenizer": pre_tokenizer,
+            "normalizer": null,
+            "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": prepend_scheme,
+                "split": false},
             "post_processor": self.post_processor(true)?,
             "decoder": {"type": "Sequence", "decoders": decoders},
             "model": {"type": "BPE", "unk_token": unknown, "fuse_unk": true, "byte_fallback": true,
@@ -337,6 +334,20 @@ mod tests {
             };
             assert_eq!(json!(ids.unwrap()), prompt["prompt_ids"], "{}", prompt["id"]);
         }
+    }
+
+    #[test]
+    fn words_after_a_control_token_get_a_space_unless_inst_is_one() {
+        let (_, plain) = load("plain-words.gguf");
+        let (_, demo) = load("demo-words.gguf");
+        let shown = |text: &TextModel, source: &str| {
+            text.tokenizer.whole_decode(&text.tokenizer.encode_bare(source).unwrap()[1..])
+        };
+        let ids = |text: &TextModel, source: &str| text.tokenizer.encode_bare(source).unwrap();
+        assert_eq!(ids(&plain, "<s>hi"), ids(&plain, "<s> hi"));
+        assert_ne!(ids(&demo, "<s>hi"), ids(&demo, "<s> hi"));
+        assert_eq!(ids(&plain, "hi")[..], ids(&plain, "<s>hi")[1..]);
+        assert_eq!(shown(&plain, "<s>[INST] hi [/INST]"), "[INST] hi [/INST]");
     }
 
     /// The fixtures carry texts and the ids that the tokenizer they were made of gives them.
