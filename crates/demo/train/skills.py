@@ -56,9 +56,7 @@ class Draw(random.Random):
         return self.choice(asked_held_out if self.held_out else asked)
 
     def words(self, least: int, most: int) -> list[str]:
-        """A list of words, names or cities: what answers copy elsewhere is copied here too."""
-        table = self.choices([tables.WORDS, tables.NAMES, tables.CITIES], [3, 1, 1])[0]
-        return self.sample(table, self.randint(least, most))
+        return self.sample(tables.WORDS, self.randint(least, most))
 
 
 def user(text: str) -> dict:
