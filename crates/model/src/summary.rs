@@ -90,6 +90,6 @@ mod tests {
         assert_eq!(summary.total_experts, 256);
         assert_eq!(summary.kv_heads_per_token, 512);
         assert_eq!(summary.weight_bytes(16.0), 2 * 46_702_792_704);
-        assert_eq!(summary.weight_bytes(8.5) >> 20, 47_568);
+        assert_eq!(summary.weight_bytes(8.5) >> 20, 47_441);
     }
 }
