@@ -1,7 +1,7 @@
 //! One layer of Mixtral 8x7B's width: how close decoding comes to the memory's read bandwidth, which is
 //! measured in the same run on the same bytes, and how many operations prefill does per second.
 //!
-//! `cargo bench -p windrose-cpu [-- ISA...]`. Weights and tokens are random and the tokens of a step differ,
+//! `cargo bench -p windrose-cpu [-- ISA... FORMAT...]`. Weights and tokens are random and the tokens of a step differ,
 //! so that they are routed as a real batch would be. A busy machine moves both sides of a ratio: trust ratios,
 //! and of prefill the operations per second of processor time.
 
@@ -38,11 +38,14 @@ fn main() {
     if isas.is_empty() {
         isas.push(Isa::detect());
     }
+    let named = |format: &WeightFormat| arguments.iter().any(|argument| argument == format.name());
+    let formats =
+        WeightFormat::ALL.into_iter().filter(|format| named(format) || !WeightFormat::ALL.iter().any(named));
     for isa in isas {
         let all = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = if all > 1 { vec![1, all] } else { vec![1] };
         let options = threads.into_iter().flat_map(|num_threads| {
-            WeightFormat::ALL.map(|weights| CpuOptions {
+            formats.clone().map(move |weights| CpuOptions {
                 num_threads: Some(num_threads),
                 isa: Some(isa),
                 weights,
