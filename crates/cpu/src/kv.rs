@@ -13,7 +13,7 @@ use half::bf16;
 
 use crate::grid::{Grid, Tile, Tiles};
 use crate::isa::Kernel;
-use crate::numbers::{Element, nearest_i8};
+use crate::numbers::{Element, nearest_i8, scale_and_factor};
 use crate::simd::Simd;
 use crate::tensor::{Buffer, Rows};
 
@@ -150,9 +150,7 @@ impl Plane for Q8Plane<'_> {
         let (features, scales) = self;
         // Magnitudes are ordered like their bits, and above all numbers comes what is not one.
         let bits = head.iter().map(|x| x.to_bits() & 0x7fff_ffff).fold(0, u32::max);
-        let largest = f32::from_bits(bits);
-        let scale = if largest.is_finite() { largest / 127.0 } else { f32::NAN };
-        let factor = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+        let (scale, factor) = scale_and_factor(f32::from_bits(bits));
         let kv_head = features.rows().start;
         scales.row(kv_head)[slot] = scale;
         let stored = features.row(kv_head)[slot * head.len()..][..head.len()].iter_mut();

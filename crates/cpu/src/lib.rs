@@ -145,8 +145,7 @@ impl Cpu {
 
     /// Rows of a band, so that every thread gets several, but each band is worth waking a thread for.
     fn band_rows(&self, rows: usize, features: usize) -> usize {
-        const MIN_ELEMENTS: usize = 1 << 14;
-        rows.div_ceil(4 * self.team.num_threads()).max(MIN_ELEMENTS / features).max(1)
+        self.team.band_rows(rows, features)
     }
 }
 

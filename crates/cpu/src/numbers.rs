@@ -48,6 +48,14 @@ pub(crate) fn nearest_i8(x: f32) -> i8 {
     (x + ROUND).to_bits() as i8
 }
 
+/// The scale of 8-bit integers whose largest stands for `largest`, and the factor that makes numbers such integers. A
+/// largest that is not finite makes the scale NaN, so that it reaches whatever is computed.
+#[inline(always)]
+pub(crate) fn scale_and_factor(largest: f32) -> (f32, f32) {
+    let scale = if largest.is_finite() { largest / 127.0 } else { f32::NAN };
+    (scale, if largest > 0.0 { 127.0 / largest } else { 0.0 })
+}
+
 /// Adding 1.5 · 2²³ leaves the nearest integer in the low bits of the mantissa.
 const ROUND: f32 = 12_582_912.0;
 

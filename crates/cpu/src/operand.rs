@@ -15,7 +15,7 @@ use half::bf16;
 
 use crate::grid::{Grid, Tile};
 use crate::isa::{Isa, Kernel};
-use crate::numbers::{Element, nearest_i8};
+use crate::numbers::{Element, nearest_i8, scale_and_factor};
 use crate::packed::GROUP;
 use crate::simd::{QUAD, Simd};
 use crate::team::Team;
@@ -109,13 +109,12 @@ impl Scratch {
         isa: Isa,
         team: &mut Team,
     ) -> QuantisedRows<'_> {
-        const MIN_ELEMENTS: usize = 1 << 14;
         let Buffers { groups, starts, scales } =
             self.buffers.as_mut().expect("room was reserved with the tensors");
         let (num_groups, num_spans) = (x.features().div_ceil(GROUP), x.features().div_ceil(SPAN));
         let (groups, starts) = (&mut groups[..rows * num_groups], &mut starts[..rows * num_groups]);
         let scales = &mut scales[..rows * num_spans];
-        let band_rows = rows.div_ceil(4 * team.num_threads()).max(MIN_ELEMENTS / x.features()).max(1);
+        let band_rows = team.band_rows(rows, x.features());
         let tiles = (
             (Grid::row_bands(groups, num_groups, band_rows), Grid::row_bands(starts, num_groups, band_rows)),
             Grid::row_bands(scales, num_spans, band_rows),
@@ -145,9 +144,8 @@ impl Kernel for Quantise<'_> {
             let starts = self.starts.row(row).chunks_mut(SPAN_GROUPS);
             let outputs = groups.zip(starts).zip(self.scales.row(row));
             for (x, ((groups, starts), scale)) in spans.zip(outputs) {
-                let largest = largest_magnitude(x);
-                *scale = if largest.is_finite() { largest / 127.0 } else { f32::NAN };
-                let factor = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+                let factor;
+                (*scale, factor) = scale_and_factor(largest_magnitude(x));
                 for ((x, group), start) in x.chunks(GROUP).zip(groups).zip(starts) {
                     let values = quantised(x, factor);
                     *start = -self.offset * values.iter().map(|&value| i32::from(value)).sum::<i32>();

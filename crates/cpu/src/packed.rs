@@ -21,7 +21,6 @@ mod dot;
 mod image;
 mod quantise;
 
-use std::io::{self, Seek, Write};
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -38,6 +37,7 @@ use crate::team::Team;
 use crate::tensor::Buffer;
 use block::{Block, Q4Block, Q8Block};
 use image::Image;
+pub(crate) use image::write as write_image;
 pub use image::{ImageError, ImageKey, PackedMatrix};
 
 /// Columns that share a scale.
@@ -122,19 +122,6 @@ impl Packer {
         }
         Ok(Packed::from_blocks(format, rows, cols, blocks).expect("blocks as many as the shape has"))
     }
-}
-
-/// Writes recorded matrices as an image, from the start of `out`.
-///
-/// # Errors
-/// Of `out`.
-pub(crate) fn write_image(
-    out: &mut (impl Write + Seek),
-    format: PackedFormat,
-    key: ImageKey,
-    matrices: impl IntoIterator<Item = PackedMatrix>,
-) -> io::Result<()> {
-    image::write(out, format, key, matrices)
 }
 
 impl Packed {

@@ -78,6 +78,12 @@ impl Team {
         self.workers.len() + 1
     }
 
+    /// Rows of a band, so that every thread gets several, but each band is worth waking a thread for.
+    pub(crate) fn band_rows(&self, rows: usize, features: usize) -> usize {
+        const MIN_ELEMENTS: usize = 1 << 14;
+        rows.div_ceil(4 * self.num_threads()).max(MIN_ELEMENTS / features).max(1)
+    }
+
     /// Calls `task` with every number below `num_tasks`, each once, on all threads; returns when all are done.
     ///
     /// # Panics
