@@ -39,7 +39,7 @@ def hugging_face_config(shape: Shape) -> MixtralConfig:
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
         rms_norm_eps=shape.rms_norm_eps,
         sliding_window=None,
-        tie_word_embeddings=False,
+        tie_word_embeddings=True,
         router_aux_loss_coef=0.02,
         bos_token_id=1,
         eos_token_id=2,

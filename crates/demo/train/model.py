@@ -183,7 +183,10 @@ class Mixtral(nn.Module):
         super().__init__()
         self.shape = shape
         self.model = Body(shape)
+        # Tied: the model lives by copying, and a head that shares the table learns to copy a token
+        # it has rarely said from all the others. Untied, it never learnt to copy the cities.
         self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
+        self.lm_head.weight = self.model.embed_tokens.weight
         frequency = shape.rope_theta ** (-torch.arange(0, shape.head_dim, 2) / shape.head_dim)
         angles = torch.outer(torch.arange(shape.max_position_embeddings), frequency)[:, None]
         self.register_buffer("rope_cos", angles.cos(), persistent=False)
