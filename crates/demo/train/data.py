@@ -34,8 +34,9 @@ SHORTEST_FILLER, LONGEST_FILLER = 4, 150  # sentences in a passkey prompt, about
 # Documents per skill, relative: at first, and once the easy skills need only to be kept.
 LATE_FROM = 0.7
 MIXTURES = {
-    "arithmetic": (11, 10),
-    "running_sums": (14, 8),
+    "arithmetic": (8, 8),
+    "sums_dialogue": (10, 6),
+    "running_sums": (6, 3),
     "facts": (6, 4),
     "strings": (22, 25),
     "extract_json": (10, 7),
@@ -73,8 +74,17 @@ def passkey_up_to(d: Draw, progress: float) -> Example:
 
 
 def dialogue(d: Draw) -> Example:
-    """Two to four unrelated questions in a row, all of them answered."""
-    turns = [skill(d) for skill in d.choices(SHORT_SKILLS, k=d.randint(2, 4))]
+    """Two to four unrelated questions in a row."""
+    return joined([skill(d) for skill in d.choices(SHORT_SKILLS, k=d.randint(2, 4))])
+
+
+def sums_dialogue(d: Draw) -> Example:
+    """Four to eight sums in a row: as dense as running sums, and asked as in a chat."""
+    return joined([skills.arithmetic(d) for _ in range(d.randint(4, 8))])
+
+
+def joined(turns: list[Example]) -> Example:
+    """Questions in a row, all of them answered."""
     *earlier, last = turns
     messages = [m for turn in earlier for m in (*turn.messages, assistant(turn.answer))]
     return Example("dialogue", last.answer, messages + last.messages)
@@ -86,8 +96,8 @@ def draw_example(d: Draw, progress: float = 1.0) -> Example:
     name = d.choices(list(MIXTURES), shares)[0]
     if name == "passkey":
         return passkey_up_to(d, progress)
-    if name == "dialogue":
-        example = dialogue(d)
+    if name in ("dialogue", "sums_dialogue"):
+        example = dialogue(d) if name == "dialogue" else sums_dialogue(d)
     else:
         example = getattr(toolcalls if name == "tools" else skills, name)(d)
     if example.messages and d.random() < 0.08:
