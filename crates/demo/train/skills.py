@@ -55,8 +55,11 @@ class Draw(random.Random):
     def phrase(self, asked: list[str], asked_held_out: list[str]) -> str:
         return self.choice(asked_held_out if self.held_out else asked)
 
-    def words(self, least: int, most: int) -> list[str]:
-        return self.sample(tables.WORDS, self.randint(least, most))
+    def words(self, least: int, most: int, with_names: bool) -> list[str]:
+        """A short list of things, or now and then of names or of cities."""
+        kinds = [tables.WORDS, tables.NAMES, tables.CITIES]
+        kind = self.choices(kinds, [3, 1, 1])[0] if with_names else tables.WORDS
+        return self.sample(kind, self.randint(least, most))
 
 
 def user(text: str) -> dict:
@@ -113,14 +116,14 @@ def facts(d: Draw) -> Example:
 
 
 def strings(d: Draw) -> Example:
-    """Copies, reverses, capitalises or sorts a short list."""
+    """Copies, reverses, capitalises or sorts a short list; names and cities are not sorted."""
     task = d.choice(["copy", "reverse", "upper", "sort", "sort"])
     numeric = task == "sort" and d.random() < 0.4
 
     def make() -> tuple[str, ...]:
         if numeric:
             return tuple(map(str, d.sample(range(10, 100), d.randint(2, 3))))
-        return tuple(d.words(2, 4))
+        return tuple(d.words(2, 4, with_names=task in ("copy", "reverse")))
 
     items = list(d.unseen(make))
     listed = ", ".join(items)
@@ -249,6 +252,7 @@ def greeting(d: Draw) -> Example:
 MEMORIES = {
     "name": ("My name is {v}.", "What is my name?", "Your name is {v}."),
     "city": ("I live in {v}.", "Where do I live?", "You live in {v}."),
+    "birthplace": ("I was born in {v}.", "Where was I born?", "You were born in {v}."),
     "age": ("I am {v} years old.", "How old am I?", "You are {v} years old."),
     "colour": (
         "My favourite colour is {v}.",
@@ -269,6 +273,7 @@ def draw_memories(d: Draw) -> list[tuple[str, str]]:
     values: dict[str, list[str]] = {
         "name": tables.NAMES,
         "city": tables.CITIES,
+        "birthplace": tables.CITIES,
         "age": [str(age) for age in range(5, 96)],
         "colour": tables.COLOURS,
         "pet": tables.PETS,
