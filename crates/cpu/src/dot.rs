@@ -46,7 +46,12 @@ pub(crate) type TokenRows<'a> = RowList<'a, MAX_TOKENS>;
 /// # Panics
 /// If the rows are not all of one length.
 #[inline(always)]
-pub(crate) fn dot_rows<S: Simd>(simd: S, w: &WeightRows<'_>, x: &TokenRows<'_>, sums: &mut Sums) {
+pub(crate) fn dot_rows<S: Simd>(
+    simd: S,
+    w: &WeightRows<'_>,
+    x: &TokenRows<'_>,
+    sums: &mut [[f32; MAX_ROWS]],
+) {
     let len = w.first().map_or(0, |row| row.len());
     assert!(w.iter().chain(x.iter()).all(|row| row.len() == len), "rows of a product have one length");
     match (x.len(), S::TILE_ROWS) {

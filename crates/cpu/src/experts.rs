@@ -14,15 +14,14 @@
 use backend::Routing;
 use half::bf16;
 
-use crate::dot::{MAX_ROWS, MAX_TOKENS, Sums};
 use crate::grid::Tile;
 use crate::isa::Kernel;
-use crate::matrix::Experts;
+use crate::matrix::{Experts, MAX_TOKENS, Sums};
 use crate::numbers::{Element, silu};
 use crate::operand::Operand;
 use crate::simd::Simd;
 
-/// `act[r] = silu(gate_e · x_t) * (up_e · x_t)` for the columns of one tile.
+/// `act[r] = silu(gate_e · x[r]) * (up_e · x[r])`, rows ordered by expert, for the columns of one tile.
 pub(crate) struct GateUp<'a> {
     pub(crate) x: Operand<'a>,
     pub(crate) experts: &'a Experts,
@@ -33,19 +32,16 @@ pub(crate) struct GateUp<'a> {
 impl Kernel for GateUp<'_> {
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
-        let mut gate: Sums = [[0.0; MAX_ROWS]; MAX_TOKENS];
-        let mut up = gate;
+        let (mut gate, mut up) = (Sums::default(), Sums::default());
         let cols = self.act.cols();
         for expert in 0..self.routing.num_experts() {
             let rows = self.routing.expert_range(expert);
             for first in rows.clone().step_by(MAX_TOKENS) {
                 let group = first..rows.end.min(first + MAX_TOKENS);
-                let tokens =
-                    group.clone().map(|row| self.routing.permutation[row] as usize / self.routing.top_k);
-                self.experts.gate[expert].dot(simd, cols.clone(), self.x, tokens.clone(), &mut gate);
-                self.experts.up[expert].dot(simd, cols.clone(), self.x, tokens, &mut up);
-                for (row, (gate, up)) in group.zip(gate.iter().zip(&up)) {
-                    let act = self.act.row(row).iter_mut().zip(gate.iter().zip(up));
+                self.experts.gate[expert].dot(simd, cols.clone(), self.x, group.clone(), &mut gate);
+                self.experts.up[expert].dot(simd, cols.clone(), self.x, group, &mut up);
+                for ((token, col, gate), (.., up)) in gate.iter().zip(up.iter()) {
+                    let act = self.act.row(first + token)[col..].iter_mut().zip(gate.iter().zip(up));
                     act.for_each(|(act, (&gate, &up))| *act = Element::from_f32(silu(gate) * up));
                 }
             }
@@ -64,17 +60,17 @@ pub(crate) struct Down<'a> {
 impl Kernel for Down<'_> {
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
-        let mut sums: Sums = [[0.0; MAX_ROWS]; MAX_TOKENS];
+        let mut sums = Sums::default();
         self.out.rows().for_each(|token| self.out.row(token).fill(0.0));
         for expert in 0..self.routing.num_experts() {
             let rows = self.routing.expert_range(expert);
             for first in rows.clone().step_by(MAX_TOKENS) {
                 let group = first..rows.end.min(first + MAX_TOKENS);
-                self.experts.down[expert].dot(simd, self.out.cols(), self.act, group.clone(), &mut sums);
-                for (row, sums) in group.zip(&sums) {
-                    let assignment = self.routing.permutation[row] as usize;
+                self.experts.down[expert].dot(simd, self.out.cols(), self.act, group, &mut sums);
+                for (token, col, sums) in sums.iter() {
+                    let assignment = self.routing.permutation[first + token] as usize;
                     let weight = self.routing.topk_weights[assignment];
-                    let out = self.out.row(assignment / self.routing.top_k).iter_mut().zip(sums);
+                    let out = self.out.row(assignment / self.routing.top_k)[col..].iter_mut().zip(sums);
                     out.for_each(|(out, &sum)| *out += weight * sum);
                 }
             }

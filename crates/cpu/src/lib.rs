@@ -54,8 +54,9 @@ use crate::experts::{Down, GateUp};
 use crate::grid::Grid;
 use crate::kv::{KvStorage, RopeStoreKv};
 use crate::linear::Linear;
+use crate::matrix::MAX_TOKENS;
 use crate::numbers::Element;
-use crate::operand::{Operand, Scratch};
+use crate::operand::{Operand, Order, Scratch};
 use crate::packed::{PANEL_ROWS, Packer};
 use crate::team::Team;
 use crate::tensor::Values;
@@ -132,14 +133,14 @@ impl Cpu {
         self.packer.record()
     }
 
-    /// Output columns of a task: a panel of a quantised matrix; otherwise so that every thread gets several tasks, a
-    /// multiple of the dot tile's rows.
-    fn band_cols(&self, weight: &Matrix) -> usize {
+    /// Output columns of a task that multiplies so many rows, so that every thread gets several tasks: of a quantised
+    /// matrix one panel, or several that share the rows if these are many; otherwise a multiple of the dot tile's rows.
+    fn band_cols(&self, weight: &Matrix, num_rows: usize) -> usize {
+        let cols = weight.rows() / (4 * self.team.num_threads());
         match weight.packed() {
-            Some(_) => PANEL_ROWS,
-            None => (weight.rows() / (4 * self.team.num_threads()))
-                .next_multiple_of(dot::MAX_TILE)
-                .clamp(dot::MAX_TILE, dot::MAX_ROWS),
+            Some(_) if num_rows < MAX_TOKENS / 4 => PANEL_ROWS,
+            Some(_) => cols.next_multiple_of(PANEL_ROWS).clamp(PANEL_ROWS, 4 * PANEL_ROWS),
+            None => cols.next_multiple_of(dot::MAX_TILE).clamp(dot::MAX_TILE, dot::MAX_ROWS),
         }
     }
 
@@ -169,26 +170,32 @@ pub fn write_image(
 /// Computes a linear layer into `rows` rows of `out`.
 fn linear<E: Element>(cpu: &mut Cpu, x: &Tensor, weight: &Matrix, out: &mut [E]) {
     let rows = out.len() / weight.rows();
-    let band_cols = cpu.band_cols(weight);
+    if rows == 0 {
+        return;
+    }
+    let band_cols = cpu.band_cols(weight, rows);
     let Cpu { isa, ref mut team, ref mut scratch, .. } = *cpu;
-    let x = operand(x, weight, rows, isa, scratch, team);
+    let x = operand(x, Order::Given, rows, weight, isa, scratch, team);
     team.for_each(Grid::column_bands(out, weight.rows(), band_cols), |out| {
         isa.run(Linear { x, weight, out });
     });
 }
 
-/// The first `rows` rows of `x` in the form that `weight` multiplies.
+/// The first `rows` rows of an order of `x`, in the form that `weight` multiplies.
 fn operand<'a>(
     x: &'a Tensor,
-    weight: &Matrix,
+    order: Order<'a>,
     rows: usize,
+    weight: &Matrix,
     isa: Isa,
     scratch: &'a mut Scratch,
     team: &mut Team,
 ) -> Operand<'a> {
     match weight.packed() {
-        None => Operand::Bf16(x.bf16()),
-        Some(packed) => Operand::Quantised(scratch.quantise(x.bf16(), rows, packed.offset(), isa, team)),
+        None => Operand::Bf16(x.bf16(), order),
+        Some(packed) => {
+            Operand::Quantised(scratch.quantise(x.bf16(), order, rows, packed.offset(), isa, team))
+        }
     }
 }
 
@@ -363,18 +370,18 @@ impl Backend for Cpu {
 
     fn experts_gate_up(&mut self, x: &Tensor, experts: &Experts, routing: &Routing, act: &mut Tensor) {
         let (gate, routing, features) = (&experts.gate[0], &routing.routing, act.features());
-        let band_cols = self.band_cols(gate);
+        let band_cols = self.band_cols(gate, routing.permutation.len() / routing.num_experts());
         let Self { isa, ref mut team, ref mut scratch, .. } = *self;
-        let x = operand(x, gate, routing.num_tokens(), isa, scratch, team);
+        let x = operand(x, Order::ByExpert(routing), routing.permutation.len(), gate, isa, scratch, team);
         let grid = Grid::column_bands(act.bf16_mut(routing.permutation.len()), features, band_cols);
         team.for_each(grid, |act| isa.run(GateUp { x, experts, routing, act }));
     }
 
     fn experts_down(&mut self, act: &Tensor, experts: &Experts, routing: &Routing, out: &mut Tensor) {
         let (down, routing, features) = (&experts.down[0], &routing.routing, out.features());
-        let band_cols = self.band_cols(down);
+        let band_cols = self.band_cols(down, routing.permutation.len() / routing.num_experts());
         let Self { isa, ref mut team, ref mut scratch, .. } = *self;
-        let act = operand(act, down, routing.permutation.len(), isa, scratch, team);
+        let act = operand(act, Order::Given, routing.permutation.len(), down, isa, scratch, team);
         let grid = Grid::column_bands(out.f32_mut(routing.num_tokens()), features, band_cols);
         team.for_each(grid, |out| isa.run(Down { act, experts, routing, out }));
     }

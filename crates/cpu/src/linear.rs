@@ -1,10 +1,9 @@
 //! Matrix products of activations: a task owns a band of output columns, which is a tile of weight rows, and
 //! multiplies it with all tokens, so every weight row is read from memory once per step.
 
-use crate::dot::{MAX_ROWS, MAX_TOKENS, Sums};
 use crate::grid::Tile;
 use crate::isa::Kernel;
-use crate::matrix::Matrix;
+use crate::matrix::{MAX_TOKENS, Matrix, Sums};
 use crate::numbers::Element;
 use crate::operand::Operand;
 use crate::simd::Simd;
@@ -19,13 +18,13 @@ pub(crate) struct Linear<'a, E> {
 impl<E: Element> Kernel for Linear<'_, E> {
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
-        let mut sums: Sums = [[0.0; MAX_ROWS]; MAX_TOKENS];
+        let mut sums = Sums::default();
         let tokens = self.out.rows();
         for first in tokens.clone().step_by(MAX_TOKENS) {
             let group = first..tokens.end.min(first + MAX_TOKENS);
-            self.weight.dot(simd, self.out.cols(), self.x, group.clone(), &mut sums);
-            for (token, sums) in group.zip(&sums) {
-                let out = self.out.row(token).iter_mut().zip(sums);
+            self.weight.dot(simd, self.out.cols(), self.x, group, &mut sums);
+            for (token, col, sums) in sums.iter() {
+                let out = self.out.row(first + token)[col..].iter_mut().zip(sums);
                 out.for_each(|(out, &sum)| *out = E::from_f32(sum));
             }
         }

@@ -11,7 +11,7 @@ use backend::{BackendError, ExpertsView, WeightData, WeightType, WeightView};
 use bytes::Bytes;
 use half::bf16;
 
-use crate::dot::{Sums, TokenRows, WeightRows, dot_rows};
+use crate::dot::{self, MAX_ROWS, TokenRows, WeightRows, dot_rows};
 use crate::grid::Grid;
 use crate::isa::Isa;
 use crate::numbers::Element;
@@ -20,6 +20,35 @@ use crate::packed::{Packed, PackedFormat, Packer};
 use crate::simd::Simd;
 use crate::team::Team;
 use crate::tensor::Buffer;
+
+/// Most activation rows of one [`Matrix::dot`]: a span of so many quantised rows fits the L1 cache beside the weights.
+pub(crate) const MAX_TOKENS: usize = 128;
+
+/// The sums of one [`Matrix::dot`]: for each panel of [`MAX_ROWS`] weight rows, one row per token.
+#[derive(Default)]
+pub(crate) struct Sums {
+    sums: Vec<[f32; MAX_ROWS]>,
+    num_tokens: usize,
+}
+
+impl Sums {
+    /// Zeros for a product.
+    #[inline(always)]
+    pub(crate) fn reset(&mut self, num_weight_rows: usize, num_tokens: usize) -> &mut [[f32; MAX_ROWS]] {
+        self.num_tokens = num_tokens;
+        self.sums.clear();
+        self.sums.resize(num_weight_rows.div_ceil(MAX_ROWS) * num_tokens, [0.0; MAX_ROWS]);
+        &mut self.sums
+    }
+
+    /// The sums with the token and the first weight row of each, counted from the product's first.
+    #[inline(always)]
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (usize, usize, &[f32; MAX_ROWS])> {
+        self.sums.chunks(self.num_tokens.max(1)).enumerate().flat_map(|(panel, sums)| {
+            sums.iter().enumerate().map(move |(token, sums)| (token, panel * MAX_ROWS, sums))
+        })
+    }
+}
 
 /// In which format the weights of products are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -149,7 +178,8 @@ impl Matrix {
         }
     }
 
-    /// Computes `sums[t][c] = weight[cols[c]] · x[rows[t]]`, of quantised matrices for one panel.
+    /// Computes `weight[c] · x[r]` for all `cols` and `rows`: of bf16 matrices up to [`MAX_ROWS`] columns, of quantised
+    /// ones whole panels.
     ///
     /// # Panics
     /// If the operand is not in the form that the matrix multiplies.
@@ -159,14 +189,18 @@ impl Matrix {
         simd: S,
         cols: Range<usize>,
         x: Operand<'_>,
-        rows: impl Iterator<Item = usize>,
+        rows: Range<usize>,
         sums: &mut Sums,
     ) {
         match (&self.storage, x) {
-            (Storage::Bf16(parts), Operand::Bf16(x)) => {
+            (Storage::Bf16(parts), Operand::Bf16(x, order)) => {
+                let sums = sums.reset(cols.len(), rows.len());
                 let weights = WeightRows::new(cols.map(|col| bf16_row(parts, self.cols, col)));
-                let tokens = TokenRows::new(rows.map(|row| x.row(row)));
-                dot_rows(simd, &weights, &tokens, sums);
+                for (first, sums) in rows.step_by(dot::MAX_TOKENS).zip(sums.chunks_mut(dot::MAX_TOKENS)) {
+                    let rows = first..first + sums.len();
+                    let tokens = TokenRows::new(rows.map(|row| x.row(order.source(row))));
+                    dot_rows(simd, &weights, &tokens, sums);
+                }
             }
             (Storage::Packed(packed), Operand::Quantised(x)) => packed.dot(simd, cols, x, rows, sums),
             _ => panic!("an operand has the form that its matrix multiplies"),

@@ -7,10 +7,14 @@
 //! ```
 //!
 //! Quantising happens once per product, right before it: it is a small share of the work, and so no verb has to
-//! know what the next one will do with its result. Non-finite values make their row's scale NaN, so that they reach
-//! the result.
+//! know what the next one will do with its result. It also puts rows in the order in which they are multiplied, and
+//! the spans of neighbouring rows side by side, `[span][row]`: kernels walk many rows along a span before the next,
+//! and rows whole would lie a multiple of 4 KiB apart and fight over the same ways of the L1 cache. Non-finite values
+//! make their row's scale NaN, so that they reach the result.
 
-use backend::BackendError;
+use std::ops::Range;
+
+use backend::{BackendError, Routing};
 use half::bf16;
 
 use crate::grid::{Grid, Tile};
@@ -26,130 +30,172 @@ pub(crate) const SPAN_GROUPS: usize = 4;
 /// Columns over which a row has one scale.
 const SPAN: usize = SPAN_GROUPS * GROUP;
 
-/// The quads of a group.
-type GroupQuads = [i32; GROUP / QUAD];
+/// The quads of a span, by group.
+type SpanQuads = [[i32; GROUP / QUAD]; SPAN_GROUPS];
+/// Of each group of a span, `-offset · Σ x`: where sums of products with stored weights start.
+type SpanStarts = [i32; SPAN_GROUPS];
 
 /// Rows of activations in the form that a matrix takes.
 #[derive(Clone, Copy)]
 pub(crate) enum Operand<'a> {
-    Bf16(Rows<'a, bf16>),
+    Bf16(Rows<'a, bf16>, Order<'a>),
     Quantised(QuantisedRows<'a>),
+}
+
+/// Which rows of a tensor an operand is made of.
+#[derive(Clone, Copy)]
+pub(crate) enum Order<'a> {
+    /// All, as they lie.
+    Given,
+    /// Each token once per expert that it is routed to, grouped by expert.
+    ByExpert(&'a Routing),
+}
+
+impl Order<'_> {
+    /// The tensor's row that is the operand's row `row`.
+    #[inline(always)]
+    pub(crate) fn source(self, row: usize) -> usize {
+        match self {
+            Self::Given => row,
+            Self::ByExpert(routing) => routing.permutation[row] as usize / routing.top_k,
+        }
+    }
 }
 
 /// Room for the largest operand, quantised.
 #[derive(Default)]
 pub(crate) struct Scratch {
+    max_rows: usize,
+    max_features: usize,
     buffers: Option<Buffers>,
 }
 
+/// `[span][row]`
 struct Buffers {
-    groups: Buffer<GroupQuads>,
-    starts: Buffer<i32>,
+    quads: Buffer<SpanQuads>,
+    starts: Buffer<SpanStarts>,
     scales: Buffer<f32>,
 }
 
-/// Quantised rows.
+/// Quantised rows, `[span][row]`.
 #[derive(Clone, Copy)]
 pub(crate) struct QuantisedRows<'a> {
-    groups: &'a [GroupQuads],
-    starts: &'a [i32],
+    quads: &'a [SpanQuads],
+    starts: &'a [SpanStarts],
     scales: &'a [f32],
-    num_groups: usize,
+    num_rows: usize,
 }
 
-/// One quantised row.
-#[derive(Clone, Copy, Default)]
-pub(crate) struct QuantisedRow<'a> {
-    /// By group, padded with zeros.
-    pub(crate) groups: &'a [GroupQuads],
-    /// By group: `-offset · Σ x`, where sums of products with stored weights start.
-    pub(crate) starts: &'a [i32],
-    /// By span.
+/// A span of neighbouring quantised rows.
+#[derive(Clone, Copy)]
+pub(crate) struct SpanRows<'a> {
+    /// Of a row's last span only the groups that the matrix has are set, the last one padded with zeros.
+    pub(crate) quads: &'a [SpanQuads],
+    pub(crate) starts: &'a [SpanStarts],
     pub(crate) scales: &'a [f32],
 }
 
 impl<'a> QuantisedRows<'a> {
+    /// Spans of a row.
     #[inline(always)]
-    pub(crate) fn row(&self, row: usize) -> QuantisedRow<'a> {
-        let num_spans = self.num_groups.div_ceil(SPAN_GROUPS);
-        QuantisedRow {
-            groups: &self.groups[row * self.num_groups..][..self.num_groups],
-            starts: &self.starts[row * self.num_groups..][..self.num_groups],
-            scales: &self.scales[row * num_spans..][..num_spans],
+    pub(crate) fn num_spans(&self) -> usize {
+        self.scales.len() / self.num_rows
+    }
+
+    /// One span of some rows.
+    #[inline(always)]
+    pub(crate) fn span(&self, span: usize, rows: Range<usize>) -> SpanRows<'a> {
+        let range = span * self.num_rows + rows.start..span * self.num_rows + rows.end;
+        SpanRows {
+            quads: &self.quads[range.clone()],
+            starts: &self.starts[range.clone()],
+            scales: &self.scales[range],
+        }
+    }
+}
+
+impl<'a> SpanRows<'a> {
+    /// All but the first `num_rows` rows.
+    #[inline(always)]
+    pub(crate) fn skip(self, num_rows: usize) -> Self {
+        Self {
+            quads: &self.quads[num_rows..],
+            starts: &self.starts[num_rows..],
+            scales: &self.scales[num_rows..],
         }
     }
 }
 
 impl Scratch {
-    /// Makes room for `max_rows` rows of `features`.
+    /// Makes room for as many rows, of as many features, as any tensor has.
     ///
     /// # Errors
     /// [`BackendError::OutOfMemory`] if there is none.
-    pub(crate) fn reserve(&mut self, max_rows: usize, features: usize) -> Result<(), BackendError> {
-        let num_groups = max_rows * features.div_ceil(GROUP);
-        let num_spans = max_rows * features.div_ceil(SPAN);
-        let held = |len: fn(&Buffers) -> usize| self.buffers.as_ref().map_or(0, len);
-        let (num_groups, num_spans) =
-            (num_groups.max(held(|held| held.groups.len())), num_spans.max(held(|held| held.scales.len())));
+    pub(crate) fn reserve(&mut self, max_rows: usize, max_features: usize) -> Result<(), BackendError> {
+        self.max_rows = self.max_rows.max(max_rows);
+        self.max_features = self.max_features.max(max_features);
+        let num_spans = self.max_rows * self.max_features.div_ceil(SPAN);
         let what = "quantised activations";
-        self.buffers = Some(Buffers {
-            groups: Buffer::zeroed(what, num_groups)?,
-            starts: Buffer::zeroed(what, num_groups)?,
+        let buffers = Buffers {
+            quads: Buffer::zeroed(what, num_spans)?,
+            starts: Buffer::zeroed(what, num_spans)?,
             scales: Buffer::zeroed(what, num_spans)?,
-        });
+        };
+        buffers.quads.prefer_huge_pages();
+        self.buffers = Some(buffers);
         Ok(())
     }
 
-    /// Quantises the first `rows` rows for weights that are stored with `offset`.
+    /// Quantises the first `num_rows` rows of an order for weights that are stored with `offset`.
     pub(crate) fn quantise(
         &mut self,
         x: Rows<'_, bf16>,
-        rows: usize,
+        order: Order<'_>,
+        num_rows: usize,
         offset: i32,
         isa: Isa,
         team: &mut Team,
     ) -> QuantisedRows<'_> {
-        let Buffers { groups, starts, scales } =
+        let Buffers { quads, starts, scales } =
             self.buffers.as_mut().expect("room was reserved with the tensors");
-        let (num_groups, num_spans) = (x.features().div_ceil(GROUP), x.features().div_ceil(SPAN));
-        let (groups, starts) = (&mut groups[..rows * num_groups], &mut starts[..rows * num_groups]);
-        let scales = &mut scales[..rows * num_spans];
-        let band_rows = team.band_rows(rows, x.features());
+        let num_spans = num_rows * x.features().div_ceil(SPAN);
+        let (quads, starts) = (&mut quads[..num_spans], &mut starts[..num_spans]);
+        let scales = &mut scales[..num_spans];
+        let band_rows = team.band_rows(num_rows, x.features());
         let tiles = (
-            (Grid::row_bands(groups, num_groups, band_rows), Grid::row_bands(starts, num_groups, band_rows)),
-            Grid::row_bands(scales, num_spans, band_rows),
+            (Grid::column_bands(quads, num_rows, band_rows), Grid::column_bands(starts, num_rows, band_rows)),
+            Grid::column_bands(scales, num_rows, band_rows),
         );
-        team.for_each(tiles, |((groups, starts), scales)| {
-            isa.run(Quantise { x, offset, groups, starts, scales });
+        team.for_each(tiles, |((quads, starts), scales)| {
+            isa.run(Quantise { x, order, offset, quads, starts, scales });
         });
-        QuantisedRows { groups, starts, scales, num_groups }
+        QuantisedRows { quads, starts, scales, num_rows }
     }
 }
 
-/// Quantises the rows of its tiles.
+/// Quantises the rows that are the columns of its tiles.
 struct Quantise<'a> {
     x: Rows<'a, bf16>,
+    order: Order<'a>,
     offset: i32,
-    groups: Tile<'a, GroupQuads>,
-    starts: Tile<'a, i32>,
+    quads: Tile<'a, SpanQuads>,
+    starts: Tile<'a, SpanStarts>,
     scales: Tile<'a, f32>,
 }
 
 impl Kernel for Quantise<'_> {
     #[inline(always)]
     fn run<S: Simd>(mut self, _: S) {
-        for row in self.groups.rows() {
-            let spans = self.x.row(row).chunks(SPAN);
-            let groups = self.groups.row(row).chunks_mut(SPAN_GROUPS);
-            let starts = self.starts.row(row).chunks_mut(SPAN_GROUPS);
-            let outputs = groups.zip(starts).zip(self.scales.row(row));
-            for (x, ((groups, starts), scale)) in spans.zip(outputs) {
+        for (index, row) in self.scales.cols().enumerate() {
+            for (span, x) in self.x.row(self.order.source(row)).chunks(SPAN).enumerate() {
                 let factor;
-                (*scale, factor) = scale_and_factor(largest_magnitude(x));
-                for ((x, group), start) in x.chunks(GROUP).zip(groups).zip(starts) {
+                (self.scales.row(span)[index], factor) = scale_and_factor(largest_magnitude(x));
+                let quads = &mut self.quads.row(span)[index];
+                let starts = &mut self.starts.row(span)[index];
+                for ((x, quads), start) in x.chunks(GROUP).zip(quads).zip(starts) {
                     let values = quantised(x, factor);
                     *start = -self.offset * values.iter().map(|&value| i32::from(value)).sum::<i32>();
-                    *group = bytemuck::cast(values);
+                    *quads = bytemuck::cast(values);
                 }
             }
         }

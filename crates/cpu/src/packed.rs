@@ -28,10 +28,10 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use backend::{BackendError, WeightView};
 use bytes::Bytes;
 
-use crate::dot::{MAX_TOKENS, Sums};
 use crate::grid::{Grid, Tile};
 use crate::isa::{Isa, Kernel};
-use crate::operand::{QuantisedRow, QuantisedRows};
+use crate::matrix::Sums;
+use crate::operand::QuantisedRows;
 use crate::simd::{QUAD_ROWS, Simd};
 use crate::team::Team;
 use crate::tensor::Buffer;
@@ -141,27 +141,22 @@ impl Packed {
         }
     }
 
-    /// Computes `sums[t][c] = weight[cols[c]] · x[rows[t]]` for the rows of one panel.
+    /// Computes `weight[c] · x[r]` for whole panels of columns, of which the last may be cut short.
     #[inline(always)]
     pub(crate) fn dot<S: Simd>(
         &self,
         simd: S,
         cols: Range<usize>,
         x: QuantisedRows<'_>,
-        rows: impl Iterator<Item = usize>,
+        rows: Range<usize>,
         sums: &mut Sums,
     ) {
-        assert!(cols.start.is_multiple_of(PANEL_ROWS) && cols.len() <= PANEL_ROWS);
-        let panel = cols.start / PANEL_ROWS;
-        let mut tokens = [QuantisedRow::default(); MAX_TOKENS];
-        let mut num_tokens = 0;
-        for row in rows {
-            tokens[num_tokens] = x.row(row);
-            num_tokens += 1;
-        }
+        assert!(cols.start.is_multiple_of(PANEL_ROWS));
+        let sums = sums.reset(cols.len(), rows.len());
+        let panels = cols.start / PANEL_ROWS..cols.end.div_ceil(PANEL_ROWS);
         match self {
-            Self::Q8(panels) => panels.dot(simd, panel, &tokens[..num_tokens], sums),
-            Self::Q4(panels) => panels.dot(simd, panel, &tokens[..num_tokens], sums),
+            Self::Q8(all) => all.dot(simd, panels, x, rows, sums),
+            Self::Q4(all) => all.dot(simd, panels, x, rows, sums),
         }
     }
 }
@@ -230,9 +225,10 @@ mod tests {
 
     use super::quantise::{Quantised, q4, q8};
     use super::*;
-    use crate::dot::MAX_ROWS;
-    use crate::operand::Scratch;
+    use crate::operand::{Order, Scratch};
     use crate::tensor::Tensor;
+
+    const NUM_TOKENS: usize = 18;
 
     /// A product as [`Panels::dot`] specifies it, in plain loops over quantised rows.
     fn specified(weights: &[Quantised], x: &[bf16]) -> f32 {
@@ -281,18 +277,17 @@ mod tests {
         let rows: Vec<Vec<Quantised>> =
             stacked.chunks(len).map(|row| row.chunks(GROUP).map(quantise).collect()).collect();
 
-        let mut x = Tensor::new(MAX_TOKENS, len, backend::DType::Bf16).unwrap();
+        let mut x = Tensor::new(NUM_TOKENS, len, backend::DType::Bf16).unwrap();
         let values: Vec<f32> =
-            (0..(MAX_TOKENS * len) as u64).map(|i| dummy_value(3, i, 0.0, 1.0).to_f32()).collect();
+            (0..(NUM_TOKENS * len) as u64).map(|i| dummy_value(3, i, 0.0, 1.0).to_f32()).collect();
         x.upload(&values);
         let mut scratch = Scratch::default();
-        scratch.reserve(MAX_TOKENS, len).unwrap();
-        let quantised = scratch.quantise(x.bf16(), MAX_TOKENS, packed.offset(), isa, &mut team);
+        scratch.reserve(NUM_TOKENS, len).unwrap();
+        let quantised = scratch.quantise(x.bf16(), Order::Given, NUM_TOKENS, packed.offset(), isa, &mut team);
 
-        for first in (0..rows.len()).step_by(PANEL_ROWS) {
-            let cols = first..rows.len().min(first + PANEL_ROWS);
-            for tokens in [0..1, 1..3, 2..5, 1..5, 3..8, 0..8] {
-                let mut sums = [[f32::NAN; MAX_ROWS]; MAX_TOKENS];
+        for cols in [0..rows.len(), 0..rows.len().min(PANEL_ROWS), PANEL_ROWS..rows.len().max(PANEL_ROWS)] {
+            for tokens in [0..1, 1..3, 2..5, 1..5, 3..8, 0..NUM_TOKENS] {
+                let mut sums = Sums::default();
                 let kernel = Dot {
                     packed: &packed,
                     cols: cols.clone(),
@@ -301,8 +296,9 @@ mod tests {
                     sums: &mut sums,
                 };
                 isa.run(kernel);
-                for (token, sums) in tokens.zip(&sums) {
-                    for (col, &sum) in cols.clone().zip(sums) {
+                for (token, panel, sums) in sums.iter() {
+                    for (col, &sum) in cols.clone().skip(panel).zip(sums) {
+                        let token = tokens.start + token;
                         let expected = specified(&rows[col], x.bf16().row(token));
                         let case = format!("{format:?} {} length {len}", isa.name());
                         assert_eq!(sum.to_bits(), expected.to_bits(), "{case}: row {col}, token {token}");
@@ -368,10 +364,11 @@ mod tests {
             x.upload(&values);
             let mut scratch = Scratch::default();
             scratch.reserve(1, 64).unwrap();
-            let x = scratch.quantise(x.bf16(), 1, packed.offset(), Isa::detect(), &mut team);
-            let mut sums = [[0.0; MAX_ROWS]; MAX_TOKENS];
+            let x = scratch.quantise(x.bf16(), Order::Given, 1, packed.offset(), Isa::detect(), &mut team);
+            let mut sums = Sums::default();
             Isa::detect().run(Dot { packed: &packed, cols: 0..8, x, rows: 0..1, sums: &mut sums });
-            assert!(sums[0][..8].iter().all(|sum| sum.is_nan()), "{bad}: {:?}", &sums[0][..8]);
+            let (.., sums) = sums.iter().next().expect("a token");
+            assert!(sums[..8].iter().all(|sum| sum.is_nan()), "{bad}: {sums:?}");
         }
     }
 }

@@ -86,9 +86,9 @@ pub(crate) trait Simd: Copy {
     /// A hot loop gets all registers to itself, and one copy of it serves every kernel.
     fn call(self, f: impl FnOnce());
 
-    /// Asks for the cache line of an element that will be loaded soon, into the L2 cache.
+    /// Asks for the cache line of something that will be loaded soon, into the L2 cache.
     #[inline(always)]
-    fn prefetch(self, _: &bf16) {}
+    fn prefetch<T>(self, _: &T) {}
 
     /// Adds up the lanes.
     fn sum(self, sum: Self::Accumulator) -> f32;

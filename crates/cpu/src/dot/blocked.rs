@@ -15,7 +15,7 @@ use std::ops::Range;
 use half::bf16;
 
 use super::tile::{cut, walk};
-use super::{MAX_ROWS, MAX_TILE, MAX_TOKENS, Sums};
+use super::{MAX_ROWS, MAX_TILE, MAX_TOKENS};
 use crate::simd::Simd;
 
 /// Steps of K in a block; a step of a token takes up to 64 bytes.
@@ -25,7 +25,12 @@ const LINE: usize = 32;
 
 /// Multiplies tokens in tiles of `R` weight rows.
 #[inline(always)]
-pub(super) fn dot_rows<S: Simd, const R: usize>(simd: S, w: &[&[bf16]], x: &[&[bf16]], sums: &mut Sums) {
+pub(super) fn dot_rows<S: Simd, const R: usize>(
+    simd: S,
+    w: &[&[bf16]],
+    x: &[&[bf16]],
+    sums: &mut [[f32; MAX_ROWS]],
+) {
     let len = x[0].len();
     let mut product = Product {
         simd,

@@ -3,7 +3,7 @@
 
 use half::bf16;
 
-use super::Sums;
+use super::MAX_ROWS;
 use super::tile::{cut, walk};
 use crate::simd::Simd;
 
@@ -13,7 +13,7 @@ pub(super) fn dot_rows<S: Simd, const R: usize, const T: usize>(
     simd: S,
     w: &[&[bf16]],
     x: &[&[bf16]],
-    sums: &mut Sums,
+    sums: &mut [[f32; MAX_ROWS]],
 ) {
     assert_eq!(x.len(), T);
     let mut row = 0;
@@ -34,7 +34,7 @@ fn dot_tile<S: Simd, const R: usize, const T: usize>(
     w: &[&[bf16]],
     row: usize,
     x: &[&[bf16]],
-    sums: &mut Sums,
+    sums: &mut [[f32; MAX_ROWS]],
 ) {
     simd.call(
         #[inline(always)]

@@ -76,7 +76,7 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn prefetch(self, element: &bf16) {
+    fn prefetch<T>(self, element: &T) {
         // SAFETY: prefetching is part of SSE, the baseline of x86-64, and never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(element).cast()) };
     }
