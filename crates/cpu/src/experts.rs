@@ -16,7 +16,7 @@ use half::bf16;
 
 use crate::grid::Tile;
 use crate::isa::Kernel;
-use crate::matrix::{Experts, MAX_TOKENS, Sums};
+use crate::matrix::{CALL_TOKENS, Experts, PanelSums};
 use crate::numbers::{Element, silu};
 use crate::operand::Operand;
 use crate::simd::Simd;
@@ -32,12 +32,12 @@ pub(crate) struct GateUp<'a> {
 impl Kernel for GateUp<'_> {
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
-        let (mut gate, mut up) = (Sums::default(), Sums::default());
+        let (mut gate, mut up) = (PanelSums::default(), PanelSums::default());
         let cols = self.act.cols();
         for expert in 0..self.routing.num_experts() {
             let rows = self.routing.expert_range(expert);
-            for first in rows.clone().step_by(MAX_TOKENS) {
-                let group = first..rows.end.min(first + MAX_TOKENS);
+            for first in rows.clone().step_by(CALL_TOKENS) {
+                let group = first..rows.end.min(first + CALL_TOKENS);
                 self.experts.gate[expert].dot(simd, cols.clone(), self.x, group.clone(), &mut gate);
                 self.experts.up[expert].dot(simd, cols.clone(), self.x, group, &mut up);
                 for ((token, col, gate), (.., up)) in gate.iter().zip(up.iter()) {
@@ -60,12 +60,12 @@ pub(crate) struct Down<'a> {
 impl Kernel for Down<'_> {
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
-        let mut sums = Sums::default();
+        let mut sums = PanelSums::default();
         self.out.rows().for_each(|token| self.out.row(token).fill(0.0));
         for expert in 0..self.routing.num_experts() {
             let rows = self.routing.expert_range(expert);
-            for first in rows.clone().step_by(MAX_TOKENS) {
-                let group = first..rows.end.min(first + MAX_TOKENS);
+            for first in rows.clone().step_by(CALL_TOKENS) {
+                let group = first..rows.end.min(first + CALL_TOKENS);
                 self.experts.down[expert].dot(simd, self.out.cols(), self.act, group, &mut sums);
                 for (token, col, sums) in sums.iter() {
                     let assignment = self.routing.permutation[first + token] as usize;

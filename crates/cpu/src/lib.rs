@@ -54,7 +54,7 @@ use crate::experts::{Down, GateUp};
 use crate::grid::Grid;
 use crate::kv::{KvStorage, RopeStoreKv};
 use crate::linear::Linear;
-use crate::matrix::MAX_TOKENS;
+use crate::matrix::CALL_TOKENS;
 use crate::numbers::Element;
 use crate::operand::{Operand, Order, Scratch};
 use crate::packed::{PANEL_ROWS, Packer};
@@ -138,7 +138,7 @@ impl Cpu {
     fn band_cols(&self, weight: &Matrix, num_rows: usize) -> usize {
         let cols = weight.rows() / (4 * self.team.num_threads());
         match weight.packed() {
-            Some(_) if num_rows < MAX_TOKENS / 4 => PANEL_ROWS,
+            Some(_) if num_rows < CALL_TOKENS / 4 => PANEL_ROWS,
             Some(_) => cols.next_multiple_of(PANEL_ROWS).clamp(PANEL_ROWS, 4 * PANEL_ROWS),
             None => cols.next_multiple_of(dot::MAX_TILE).clamp(dot::MAX_TILE, dot::MAX_ROWS),
         }

@@ -3,7 +3,7 @@
 
 use crate::grid::Tile;
 use crate::isa::Kernel;
-use crate::matrix::{MAX_TOKENS, Matrix, Sums};
+use crate::matrix::{CALL_TOKENS, Matrix, PanelSums};
 use crate::numbers::Element;
 use crate::operand::Operand;
 use crate::simd::Simd;
@@ -18,10 +18,10 @@ pub(crate) struct Linear<'a, E> {
 impl<E: Element> Kernel for Linear<'_, E> {
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
-        let mut sums = Sums::default();
+        let mut sums = PanelSums::default();
         let tokens = self.out.rows();
-        for first in tokens.clone().step_by(MAX_TOKENS) {
-            let group = first..tokens.end.min(first + MAX_TOKENS);
+        for first in tokens.clone().step_by(CALL_TOKENS) {
+            let group = first..tokens.end.min(first + CALL_TOKENS);
             self.weight.dot(simd, self.out.cols(), self.x, group, &mut sums);
             for (token, col, sums) in sums.iter() {
                 let out = self.out.row(first + token)[col..].iter_mut().zip(sums);

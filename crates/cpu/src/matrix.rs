@@ -22,16 +22,16 @@ use crate::team::Team;
 use crate::tensor::Buffer;
 
 /// Most activation rows of one [`Matrix::dot`]: a span of so many quantised rows fits the L1 cache beside the weights.
-pub(crate) const MAX_TOKENS: usize = 128;
+pub(crate) const CALL_TOKENS: usize = 128;
 
 /// The sums of one [`Matrix::dot`]: for each panel of [`MAX_ROWS`] weight rows, one row per token.
 #[derive(Default)]
-pub(crate) struct Sums {
+pub(crate) struct PanelSums {
     sums: Vec<[f32; MAX_ROWS]>,
     num_tokens: usize,
 }
 
-impl Sums {
+impl PanelSums {
     /// Zeros for a product.
     #[inline(always)]
     pub(crate) fn reset(&mut self, num_weight_rows: usize, num_tokens: usize) -> &mut [[f32; MAX_ROWS]] {
@@ -190,7 +190,7 @@ impl Matrix {
         cols: Range<usize>,
         x: Operand<'_>,
         rows: Range<usize>,
-        sums: &mut Sums,
+        sums: &mut PanelSums,
     ) {
         match (&self.storage, x) {
             (Storage::Bf16(parts), Operand::Bf16(x, order)) => {

@@ -30,7 +30,7 @@ use bytes::Bytes;
 
 use crate::grid::{Grid, Tile};
 use crate::isa::{Isa, Kernel};
-use crate::matrix::Sums;
+use crate::matrix::PanelSums;
 use crate::operand::QuantisedRows;
 use crate::simd::{QUAD_ROWS, Simd};
 use crate::team::Team;
@@ -149,7 +149,7 @@ impl Packed {
         cols: Range<usize>,
         x: QuantisedRows<'_>,
         rows: Range<usize>,
-        sums: &mut Sums,
+        sums: &mut PanelSums,
     ) {
         assert!(cols.start.is_multiple_of(PANEL_ROWS));
         let sums = sums.reset(cols.len(), rows.len());
@@ -251,7 +251,7 @@ mod tests {
         cols: Range<usize>,
         x: QuantisedRows<'a>,
         rows: Range<usize>,
-        sums: &'a mut Sums,
+        sums: &'a mut PanelSums,
     }
 
     impl Kernel for Dot<'_> {
@@ -287,7 +287,7 @@ mod tests {
 
         for cols in [0..rows.len(), 0..rows.len().min(PANEL_ROWS), PANEL_ROWS..rows.len().max(PANEL_ROWS)] {
             for tokens in [0..1, 1..3, 2..5, 1..5, 3..8, 0..NUM_TOKENS] {
-                let mut sums = Sums::default();
+                let mut sums = PanelSums::default();
                 let kernel = Dot {
                     packed: &packed,
                     cols: cols.clone(),
@@ -365,7 +365,7 @@ mod tests {
             let mut scratch = Scratch::default();
             scratch.reserve(1, 64).unwrap();
             let x = scratch.quantise(x.bf16(), Order::Given, 1, packed.offset(), Isa::detect(), &mut team);
-            let mut sums = Sums::default();
+            let mut sums = PanelSums::default();
             Isa::detect().run(Dot { packed: &packed, cols: 0..8, x, rows: 0..1, sums: &mut sums });
             let (.., sums) = sums.iter().next().expect("a token");
             assert!(sums[..8].iter().all(|sum| sum.is_nan()), "{bad}: {sums:?}");
