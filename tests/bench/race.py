@@ -31,7 +31,6 @@ from dataclasses import replace
 from datetime import date
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from shutil import which
 from socket import create_server
 
 from race_results import (
@@ -106,20 +105,13 @@ def parse_options() -> argparse.Namespace:
     def path(text: str) -> Path:
         return Path(text).resolve()
 
-    def program(text: str) -> Path:
-        # Never through links: a virtual environment is where its link lies.
-        return Path(which(text) or text).absolute()
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--windrose", type=path, default=path("target/release/windrose"), metavar="FILE")
-    add("--model", type=path, required=True, metavar="DIR", help="in Hugging Face layout")
-    add("--tiny", type=path, metavar="DIR", help="a tiny model, for the servers alone")
+    add("--model", type=path, required=True, metavar="FILE", help="GGUF in BF16")
+    add("--tiny", type=path, metavar="FILE", help="a tiny one, for the servers alone")
     add("--llama", type=path, metavar="DIR", help="binaries of llama.cpp")
     add("--ik", type=path, metavar="DIR", help="binaries of ik_llama.cpp, its bench patched")
-    add("--gguf", type=path, required=True, metavar="DIR", help="where GGUF files are kept")
-    add("--convert", type=path, metavar="FILE", help="convert_hf_to_gguf.py of llama.cpp")
-    add("--python", type=program, default=sys.executable, help="has what --convert imports")
     add("--threads", type=int, default=2)
     add("--rounds", type=int, default=3)
     add("--quick", action="store_true", help="one round, short answers, no long context")
@@ -145,7 +137,7 @@ class Race:
         self.jobs = [PREFILL, decode] + [LONG] * (not options.quick)
         self.bins = {LLAMA: options.llama, IK: options.ik}
         models = {"slice": options.model, "tiny": options.tiny}
-        self.models = {name: directory for name, directory in models.items() if directory}
+        self.models = {name: file for name, file in models.items() if file}
         # Who is still in each job.
         self.running: dict[Job, list[Contender]] = {}
         # Words of a prompt that has the tokens asked for.
@@ -153,36 +145,28 @@ class Race:
 
     def run(self) -> None:
         if self.options.llama or self.options.ik:
-            self.make_ggufs()
+            self.quantise_all()
         for round_index in range(self.options.rounds):
             for job in self.jobs:
                 self.measure_all(job, round_index)
             self.serve_all(round_index)
 
-    def make_ggufs(self) -> None:
-        """Makes the files that are missing, each from the BF16 one, which comes first."""
-        for model in self.models:
-            for weights in WEIGHTS if model == "slice" else ("BF16", "Q8_0"):
+    def quantise_all(self) -> None:
+        """Makes what peers read and nobody has made yet."""
+        quantize = (self.options.llama or self.options.ik) / "llama-quantize"
+        for model, stored in self.models.items():
+            for weights in WEIGHTS if model == "slice" else ("Q8_0",):
                 file = self.gguf(model, weights)
                 if not file.exists():
                     with self.noting(f"GGUF {weights}", model):
-                        self.make_gguf(model, weights, file)
-
-    def make_gguf(self, model: str, weights: str, file: Path) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        if weights != "BF16":
-            quantize = (self.options.llama or self.options.ik) / "llama-quantize"
-            self.call(quantize, self.gguf(model, "BF16"), part, weights, self.options.threads)
-        elif self.options.convert:
-            convert = (self.options.python, self.options.convert, self.models[model])
-            self.call(*convert, "--outtype", "bf16", "--outfile", part)
-        else:
-            raise RaceError(f"give --convert to make {file}")
-        part.rename(file)
+                        part = file.with_suffix(".part")
+                        self.call(quantize, stored, part, weights, self.options.threads)
+                        part.rename(file)
 
     def gguf(self, model: str, weights: str) -> Path:
-        return self.options.gguf / f"{self.models[model].name}-{weights}.gguf"
+        """The model in a format; beside the one that was given, which is in BF16."""
+        stored = self.models[model]
+        return stored if weights == "BF16" else stored.with_stem(f"{stored.stem}-{weights}")
 
     def measure_all(self, job: Job, round_index: int) -> None:
         """Runs everyone once who is still in the job."""
