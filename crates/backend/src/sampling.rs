@@ -11,6 +11,9 @@ use std::collections::HashMap;
 
 use thiserror::Error;
 
+/// Logits that are compared side by side.
+const LANES: usize = 16;
+
 /// How a sequence's tokens are taken.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SampleParams {
@@ -114,7 +117,7 @@ pub fn sample_row(logits: &[f32], row: &SampleRow<'_>) -> Result<Sampled, NonFin
     let max = finite_max(logits)?;
     let token = match row.forced {
         Some(token) => token,
-        None => take_token(logits, row)?,
+        None => take_token(logits, max, row)?,
     };
     let Some(num_logprobs) = row.num_logprobs else {
         return Ok(Sampled { token, logprob: None, top_logprobs: Vec::new() });
@@ -135,29 +138,43 @@ pub fn sample_row(logits: &[f32], row: &SampleRow<'_>) -> Result<Sampled, NonFin
 
 /// The largest logit, if the row can be sampled from.
 fn finite_max(logits: &[f32]) -> Result<f32, NonFiniteLogits> {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sound = max.is_finite() && !logits.iter().any(|x| x.is_nan());
+    // Lanes, and comparisons that compile to single instructions: vocabularies are long, and this is most of what a
+    // greedy token costs.
+    let (mut lanes, mut nans) = ([f32::NEG_INFINITY; LANES], [0; LANES]);
+    let (chunks, rest) = logits.as_chunks::<LANES>();
+    for chunk in chunks {
+        for ((lane, nan), &x) in lanes.iter_mut().zip(&mut nans).zip(chunk) {
+            *lane = if x > *lane { x } else { *lane };
+            *nan |= u32::from(x.is_nan());
+        }
+    }
+    let max = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |max, &x| max.max(x));
+    let sound = max.is_finite() && nans == [0; LANES] && !rest.iter().any(|x| x.is_nan());
     if sound { Ok(max) } else { Err(NonFiniteLogits) }
 }
 
-fn take_token(logits: &[f32], row: &SampleRow<'_>) -> Result<u32, NonFiniteLogits> {
+/// Takes one token from logits of which the largest is `max`.
+fn take_token(logits: &[f32], max: f32, row: &SampleRow<'_>) -> Result<u32, NonFiniteLogits> {
     let params = row.params;
     let untouched = params.logit_bias.is_empty() && row.banned.is_empty() && !params.has_penalties();
-    let adjusted;
-    let logits = if untouched {
-        logits
-    } else {
-        adjusted = adjust(logits, row);
-        &adjusted
-    };
+    if untouched {
+        return Ok(take_adjusted(logits, max, row));
+    }
+    let adjusted = adjust(logits, row);
     // Bias and bans may have left nothing, or overflowed.
-    let max = finite_max(logits)?;
+    let max = finite_max(&adjusted)?;
+    Ok(take_adjusted(&adjusted, max, row))
+}
+
+/// Takes one token from logits that nothing more is added to.
+fn take_adjusted(logits: &[f32], max: f32, row: &SampleRow<'_>) -> u32 {
+    let params = row.params;
     if params.temperature == 0.0 || params.top_k == 1 {
-        return Ok(argmax(logits));
+        return first_of(logits, max);
     }
     let candidates = Candidates::new(logits, max, params.temperature).keep_top_k(params.top_k);
     let candidates = candidates.keep_top_p(params.top_p).keep_min_p(params.min_p);
-    Ok(candidates.draw(uniform(params.seed, row.output.len() as u64)))
+    candidates.draw(uniform(params.seed, row.output.len() as u64))
 }
 
 /// The logits after bias, penalties and bans.
@@ -190,10 +207,12 @@ fn adjust(logits: &[f32], row: &SampleRow<'_>) -> Vec<f32> {
     logits
 }
 
-/// The largest logit's token, the lowest id on a tie.
-fn argmax(logits: &[f32]) -> u32 {
-    let best = (0..logits.len()).reduce(|best, i| if logits[i] > logits[best] { i } else { best });
-    best.expect("a vocabulary is not empty") as u32
+/// The lowest token with this logit, which some token has.
+fn first_of(logits: &[f32], logit: f32) -> u32 {
+    let holds_it = |chunk: &[f32]| chunk.iter().fold(false, |found, &x| found | (x == logit));
+    let chunk = logits.chunks(LANES).position(holds_it).expect("some token has the logit");
+    let rest = &logits[chunk * LANES..];
+    (chunk * LANES + rest.iter().position(|&x| x == logit).expect("as above")) as u32
 }
 
 /// The `count` tokens with the largest logits, largest first, the lower id first on a tie.

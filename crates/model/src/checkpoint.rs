@@ -17,6 +17,7 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 
+use crate::files::MappedFile;
 use crate::{Gguf, ModelConfig, ModelError, ModelFiles, gguf};
 
 const SINGLE_FILE: &str = "model.safetensors";
@@ -70,6 +71,7 @@ impl RowOrder {
 #[derive(Debug)]
 pub(crate) struct Checkpoint {
     tensors: HashMap<String, StoredTensor>,
+    files: Vec<MappedFile>,
     /// Named in errors about tensors that are nowhere.
     description: String,
     /// A tensor's name in the files, for the same.
@@ -94,6 +96,7 @@ impl Checkpoint {
         let tensors = gguf::checkpoint_tensors(gguf, config)?;
         Ok(Self {
             tensors,
+            files: gguf.files().map(|(_, file)| file.clone()).collect(),
             description: describe(gguf.files().map(|(file, _)| file.to_owned())),
             spelling: gguf::spelling,
         })
@@ -101,10 +104,11 @@ impl Checkpoint {
 
     fn of_safetensors(files: &ModelFiles) -> Result<Self, ModelError> {
         let shards = shard_names(files)?;
-        let mut tensors = HashMap::new();
+        let (mut tensors, mut mapped) = (HashMap::new(), Vec::new());
         for shard in &shards {
             let file: Arc<str> = files.display_name(shard).into();
-            for (name, tensor) in read_shard(&file, files.map(shard)?)? {
+            mapped.push(files.open_file(shard)?);
+            for (name, tensor) in read_shard(&file, &mapped[mapped.len() - 1].bytes)? {
                 if let Some(other) = tensors.insert(name.clone(), tensor) {
                     let reason = format!("it is in {} as well, expected in one file only", other.file);
                     return Err(ModelError::Tensor { file: file.to_string(), tensor: name, reason });
@@ -112,7 +116,7 @@ impl Checkpoint {
             }
         }
         let description = describe(shards.iter().map(|shard| files.display_name(shard)));
-        Ok(Self { tensors, description, spelling: str::to_owned })
+        Ok(Self { tensors, files: mapped, description, spelling: str::to_owned })
     }
 
     /// Takes a tensor out, so that what remains at the end is what nothing asked for.
@@ -122,6 +126,11 @@ impl Checkpoint {
             tensor: (self.spelling)(name),
             reason: "it is missing".to_owned(),
         })
+    }
+
+    /// See [`MappedFile::release_pages`].
+    pub(crate) fn release_pages(&self) {
+        self.files.iter().for_each(MappedFile::release_pages);
     }
 
     /// Whether there is such a tensor.
@@ -180,8 +189,8 @@ fn no_weights(files: &ModelFiles) -> ModelError {
     ModelError::File { file: files.display_name(SINGLE_FILE), reason }
 }
 
-fn read_shard(file: &Arc<str>, bytes: Bytes) -> Result<Vec<(String, StoredTensor)>, ModelError> {
-    let parsed = SafeTensors::deserialize(&bytes).map_err(|e| ModelError::File {
+fn read_shard(file: &Arc<str>, bytes: &Bytes) -> Result<Vec<(String, StoredTensor)>, ModelError> {
+    let parsed = SafeTensors::deserialize(bytes).map_err(|e| ModelError::File {
         file: file.to_string(),
         reason: format!("it is not a sound safetensors file: {e}"),
     })?;

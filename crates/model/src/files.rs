@@ -1,8 +1,9 @@
 //! The files of a model: a directory in Hugging Face layout, a GGUF file, or files embedded in the binary.
 //!
 //! Large files are memory-mapped and everything above works on [`Bytes`], so a mapped checkpoint is never
-//! copied and stays open for as long as any weight refers to it. This is the one place of the crate with
-//! `unsafe`. Pickled checkpoints (`.bin`, `.pt`) are never opened: reading one executes it.
+//! copied and stays open for as long as any weight refers to it. What was read to be converted leaves this process's
+//! memory when its layer is loaded. This is the one place of the crate with `unsafe`. Pickled checkpoints (`.bin`,
+//! `.pt`) are never opened: reading one executes it.
 
 use std::fs::File;
 use std::io;
@@ -10,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use memmap2::Mmap;
 
 use crate::{Gguf, ModelError};
 
@@ -88,16 +90,23 @@ impl ModelFiles {
     /// # Errors
     /// If there is no such file or it cannot be mapped.
     pub fn map(&self, name: &str) -> Result<Bytes, ModelError> {
-        let error = |reason: String| ModelError::File { file: self.display_name(name), reason };
+        self.open_file(name).map(|file| file.bytes)
+    }
+
+    /// Maps a large file, as [`ModelFiles::map`] does.
+    pub(crate) fn open_file(&self, name: &str) -> Result<MappedFile, ModelError> {
+        let error =
+            |reason: &str| ModelError::File { file: self.display_name(name), reason: reason.to_owned() };
         match self {
-            Self::Embedded(_) => self.embedded(name).ok_or_else(|| error("it is not embedded".to_owned())),
+            Self::Embedded(_) => {
+                let bytes = self.embedded(name).ok_or_else(|| error("it is not embedded"))?;
+                Ok(MappedFile { bytes, map: None })
+            }
             Self::Gguf(gguf) => {
                 let found = gguf.files().find(|(file, _)| *file == name);
-                found
-                    .map(|(_, bytes)| bytes.clone())
-                    .ok_or_else(|| error("it is no file of the model".to_owned()))
+                found.map(|(_, file)| file.clone()).ok_or_else(|| error("it is no file of the model"))
             }
-            Self::Directory(directory) => map_path(&directory.join(name)),
+            Self::Directory(directory) => MappedFile::open(&directory.join(name)),
         }
     }
 
@@ -132,20 +141,55 @@ impl ModelFiles {
     }
 }
 
-/// Maps a large file by its path.
-pub(crate) fn map_path(path: &Path) -> Result<Bytes, ModelError> {
-    map_file(path).map_err(|e| ModelError::File { file: path.display().to_string(), reason: e.to_string() })
+/// The contents of a large file.
+#[derive(Debug, Clone)]
+pub(crate) struct MappedFile {
+    pub(crate) bytes: Bytes,
+    /// None of what is empty or embedded.
+    map: Option<Arc<Mmap>>,
 }
 
+/// A map that owns the bytes of a [`MappedFile`].
+struct Owner(Arc<Mmap>);
+
+impl AsRef<[u8]> for Owner {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl MappedFile {
+    /// Maps a file.
+    pub(crate) fn open(path: &Path) -> Result<Self, ModelError> {
+        let error =
+            |e: io::Error| ModelError::File { file: path.display().to_string(), reason: e.to_string() };
+        let map = map_file(path).map_err(error)?.map(Arc::new);
+        let bytes = map.clone().map_or_else(Bytes::new, |map| Bytes::from_owner(Owner(map)));
+        Ok(Self { bytes, map })
+    }
+
+    /// Takes what has been read so far out of this process, as weights that were converted are not needed again. The
+    /// system keeps it in its own cache as long as it likes, and what is read after all comes from there.
+    #[allow(unsafe_code)]
+    pub(crate) fn release_pages(&self) {
+        #[cfg(unix)]
+        if let Some(map) = &self.map {
+            // SAFETY: nobody can have written to a read-only map, so its pages are those of the file, as they will be
+            // when they are read again. A refusal only keeps them.
+            let _ = unsafe { map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+        }
+    }
+}
+
+/// Maps a file that is not empty.
 #[allow(unsafe_code)]
-fn map_file(path: &Path) -> io::Result<Bytes> {
+fn map_file(path: &Path) -> io::Result<Option<Mmap>> {
     let file = File::open(path)?;
     if file.metadata()?.len() == 0 {
-        return Ok(Bytes::new());
+        return Ok(None);
     }
     // SAFETY: the map is private and read-only, and every value read from it is an integer or a float, for
     // which any bits are valid. Another process that truncates the file while it is served would end this
     // one with SIGBUS; a checkpoint in use must be replaced by renaming, as every downloader does.
-    let map = unsafe { memmap2::Mmap::map(&file)? };
-    Ok(Bytes::from_owner(map))
+    unsafe { Mmap::map(&file) }.map(Some)
 }

@@ -31,6 +31,7 @@ use self::metadata::read_metadata;
 use self::reader::Reader;
 use self::shards::Shard;
 use self::tensors::{GgufTensor, read_tensors};
+use crate::files::MappedFile;
 use crate::{ModelConfig, ModelError};
 
 pub use self::metadata::Metadata;
@@ -98,8 +99,8 @@ impl Gguf {
     }
 
     /// The name and contents of all files.
-    pub(crate) fn files(&self) -> impl Iterator<Item = (&str, &Bytes)> {
-        self.shards.iter().map(|shard| (&*shard.file, &shard.bytes))
+    pub(crate) fn files(&self) -> impl Iterator<Item = (&str, &MappedFile)> {
+        self.shards.iter().map(|shard| (&*shard.file, &shard.mapped))
     }
 
     fn tensors(&self) -> impl Iterator<Item = &GgufTensor> + Clone {

@@ -69,20 +69,23 @@ impl<B: Backend> Mixtral<B> {
         let mut layers = Vec::with_capacity(config.num_layers);
         for index in 0..config.num_layers {
             layers.push(Layer::load(backend, config, weights, index)?);
+            weights.release_pages();
             progress(index + 1);
         }
         let (norm, lm_head) = weights.head(config)?;
         weights.finish(config)?;
         // A tied head is the same table in another role: a backend may keep what it multiplies in another format.
         let lm_head = lm_head.unwrap_or_else(|| table.clone());
-        Ok(Self {
+        let model = Self {
             embedding: backend.matrix(&[table], MatrixUse::Exact)?,
             layers,
             norm: backend.vector(&norm)?,
             lm_head: backend.matrix(&[lm_head], MatrixUse::Product)?,
             rope: backend.rope(&rope)?,
             eps: config.rms_norm_eps,
-        })
+        };
+        weights.release_pages();
+        Ok(model)
     }
 
     /// One step's tokens to logits: embeds, runs every layer, projects the rows whose logits are wanted.

@@ -23,6 +23,8 @@ pub struct ModelSummary {
     /// Parameters that activations are multiplied with, which a backend may quantise: attention, experts and the
     /// output projection.
     pub product_parameters: u64,
+    /// Parameters of a table that is the output projection as well; a backend that quantises keeps it in both forms.
+    pub tied_parameters: u64,
     /// Experts in all layers together; 0 if dense.
     pub total_experts: u64,
     /// Heads of a token in the cache: keys and values, of all layers.
@@ -49,6 +51,7 @@ impl ModelSummary {
             expert_parameters: expert,
             attention_parameters: qkv_and_o,
             product_parameters: layers * (qkv_and_o + experts * expert) + table,
+            tied_parameters: if config.tie_word_embeddings { table } else { 0 },
             total_experts: if config.has_router() { layers * experts } else { 0 },
             kv_heads_per_token: layers * 2 * attention.num_kv_heads as u64,
         }
@@ -56,7 +59,9 @@ impl ModelSummary {
 
     /// Bytes of all weights when those of products take `product_bits` each and the others are bf16.
     pub fn weight_bytes(&self, product_bits: f64) -> u64 {
-        let exact = self.total_parameters - self.product_parameters;
+        let quantised = product_bits < 8.0 * BF16_BYTES as f64;
+        let twice = if quantised { self.tied_parameters } else { 0 };
+        let exact = self.total_parameters - self.product_parameters + twice;
         exact * BF16_BYTES + (self.product_parameters as f64 * product_bits / 8.0) as u64
     }
 }

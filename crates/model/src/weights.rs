@@ -39,6 +39,13 @@ impl Weights {
         Checkpoint::open(files, config).map(Self::Stored)
     }
 
+    /// Takes what has been read of a checkpoint out of this process's memory, for weights that were converted.
+    pub(crate) fn release_pages(&self) {
+        if let Self::Stored(checkpoint) = self {
+            checkpoint.release_pages();
+        }
+    }
+
     /// The embedding table `[vocab, hidden]`.
     pub(crate) fn embedding(&mut self, config: &ModelConfig) -> Result<WeightView, ModelError> {
         self.matrix("model.embed_tokens.weight", config.vocab_size, config.hidden_size)

@@ -20,13 +20,15 @@ use std::thread::available_parallelism;
 use anyhow::{Context, Result};
 use clap::{ArgMatches, Command};
 use cpu::{Cpu, CpuOptions, Isa};
+use model::ModelSummary;
 
 use crate::bench::cost::Cost;
 use crate::bench::limits::Limits;
 use crate::bench::plan::Plan;
-use crate::bench::report::{Measurement, Phase, Report, Row};
+use crate::bench::report::{Measurement, Memory, Phase, Report, Row};
 use crate::bench::sequences::Sequences;
 use crate::load::Model;
+use crate::memory;
 use crate::progress::Progress;
 use crate::settings::Settings;
 
@@ -71,6 +73,11 @@ fn measure(plan: &Plan, settings: &Settings) -> Result<Report> {
     let measurements = measure_all(plan, &mut sequences)?;
     let limits_after = Limits::measure(&mut cpu);
     let limits = limits_before.max(limits_after);
+    let memory = Memory {
+        resident_bytes: memory::resident_bytes(),
+        weight_bytes: ModelSummary::new(&model.config).weight_bytes(model.weights.bits()),
+        cache_bytes: sequences.cache_tokens() as u64 * model.token_bytes(),
+    };
     Ok(Report {
         version: env!("CARGO_PKG_VERSION"),
         model: model.name.clone(),
@@ -83,6 +90,7 @@ fn measure(plan: &Plan, settings: &Settings) -> Result<Report> {
         max_num_batched_tokens: settings.max_num_batched_tokens,
         limits_before,
         limits_after,
+        memory,
         results: measurements.iter().map(|measurement| Row::new(measurement, limits)).collect(),
     })
 }

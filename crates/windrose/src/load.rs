@@ -100,7 +100,7 @@ impl Model {
     }
 
     /// What a token takes in the cache.
-    fn token_bytes(&self) -> u64 {
+    pub(crate) fn token_bytes(&self) -> u64 {
         token_bytes(&ModelSummary::new(&self.config), &self.config, self.kv_cache)
     }
 

@@ -1,4 +1,5 @@
-//! How much memory this process may still take, for sizing the cache. Linux only; elsewhere a modest guess.
+//! How much memory this process may still take, for sizing the cache, and what it has. Linux only; elsewhere a modest
+//! guess.
 
 use std::fs::read_to_string;
 
@@ -7,7 +8,7 @@ const FALLBACK_BYTES: u64 = 4 << 30;
 
 /// Bytes available now: what the machine has left, or what the process's cgroup still grants if that is less.
 pub(crate) fn available_bytes() -> u64 {
-    let machine = read_to_string("/proc/meminfo").ok().and_then(|text| meminfo_available(&text));
+    let machine = read_to_string("/proc/meminfo").ok().and_then(|text| field_bytes(&text, "MemAvailable:"));
     let cgroup =
         cgroup_headroom("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current").or_else(|| {
             let v1 = "/sys/fs/cgroup/memory/memory";
@@ -16,8 +17,14 @@ pub(crate) fn available_bytes() -> u64 {
     machine.unwrap_or(FALLBACK_BYTES).min(cgroup.unwrap_or(u64::MAX))
 }
 
-fn meminfo_available(text: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+/// Bytes of this process in memory, mapped files included; `None` where the system does not say.
+pub(crate) fn resident_bytes() -> Option<u64> {
+    field_bytes(&read_to_string("/proc/self/status").ok()?, "VmRSS:")
+}
+
+/// A size in one of the kernel's texts, which are in KiB.
+fn field_bytes(text: &str, field: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(field))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
 }
@@ -34,8 +41,9 @@ mod tests {
 
     #[test]
     fn meminfo_is_read_in_kib() {
-        assert_eq!(meminfo_available("MemTotal: 8 kB\nMemAvailable:   2048 kB\n"), Some(2048 * 1024));
-        assert_eq!(meminfo_available("nothing"), None);
+        let text = "MemTotal: 8 kB\nMemAvailable:   2048 kB\n";
+        assert_eq!(field_bytes(text, "MemAvailable:"), Some(2048 * 1024));
+        assert_eq!(field_bytes("nothing", "MemAvailable:"), None);
     }
 
     #[test]

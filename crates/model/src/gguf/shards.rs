@@ -6,19 +6,17 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use bytes::Bytes;
-
 use super::reader::Reader;
 use super::{Contents, read_contents};
 use crate::ModelError;
-use crate::files::map_path;
+use crate::files::MappedFile;
 
 /// One file of a model.
 #[derive(Debug)]
 pub(super) struct Shard {
     /// Its path, for messages.
     pub(super) file: Arc<str>,
-    pub(super) bytes: Bytes,
+    pub(super) mapped: MappedFile,
     pub(super) contents: Contents,
 }
 
@@ -54,9 +52,9 @@ fn set_name(stem: &str, count: usize) -> Option<&str> {
 impl Shard {
     fn read(path: &Path) -> Result<Self, ModelError> {
         let file: Arc<str> = path.display().to_string().into();
-        let bytes = map_path(path)?;
-        let contents = read_contents(Reader::new(file.clone(), bytes.clone()))?;
-        Ok(Self { file, bytes, contents })
+        let mapped = MappedFile::open(path)?;
+        let contents = read_contents(Reader::new(file.clone(), mapped.bytes.clone()))?;
+        Ok(Self { file, mapped, contents })
     }
 
     fn size(&self, key: &str) -> Result<Option<usize>, ModelError> {

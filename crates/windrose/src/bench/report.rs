@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::limits::Limits;
 use super::sequences::Work;
 use super::statistics::Spread;
+use crate::inspect::bytes;
 
 /// What was timed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -40,7 +41,18 @@ pub(super) struct Report {
     pub(super) seed: u64,
     pub(super) limits_before: Limits,
     pub(super) limits_after: Limits,
+    pub(super) memory: Memory,
     pub(super) results: Vec<Row>,
+}
+
+/// What the process takes when all is measured, and what it cannot do without.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(super) struct Memory {
+    /// Mapped files included; `None` where the system does not say.
+    pub(super) resident_bytes: Option<u64>,
+    pub(super) weight_bytes: u64,
+    /// Of keys and values; memory only where sequences have been.
+    pub(super) cache_bytes: u64,
 }
 
 /// A measurement in the figures that are shown.
@@ -125,6 +137,13 @@ impl Report {
             let (read, dot) = (limits.read_bytes_per_s / 1e9, limits.dot_flop_per_s / 1e9);
             line(format!("limits {when:<7}{read:>7.2} GB/s read, {dot:.1} GFLOP/s in dot products"));
         }
+        let Memory { resident_bytes, weight_bytes, cache_bytes } = self.memory;
+        let resident = resident_bytes.map_or("unknown".to_owned(), bytes);
+        line(format!(
+            "memory {resident} resident; weights {}, cache {}",
+            bytes(weight_bytes),
+            bytes(cache_bytes)
+        ));
         line(String::new());
         line(
             "phase    seqs  context   tokens/s  min to max          ms/step    GB/s   read   GFLOP/s    dot"

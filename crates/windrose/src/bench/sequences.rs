@@ -84,6 +84,12 @@ impl Sequences {
         Ok(Self { runner, cost, sequences, batch: Batch::new(), seed: plan.seed, num_drawn: 0 })
     }
 
+    /// Tokens that the cache has room for.
+    pub(super) fn cache_tokens(&self) -> usize {
+        let limits = self.runner.limits();
+        limits.num_blocks * limits.block_size
+    }
+
     /// Touches the weights once.
     pub(super) fn warm_up(&mut self) -> Result<()> {
         let limits = self.runner.limits();

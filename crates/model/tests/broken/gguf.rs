@@ -3,20 +3,13 @@
 //!
 //! Small files are written here from scratch, with one thing wrong in each; real ones are cut and damaged.
 
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::path::Path;
 
 use backend::Reference;
 use backend::sampling::mix64;
-use model::{Gguf, MixtralRunner, ModelConfig, ModelError, ModelFiles, RunnerOptions, WeightSource};
+use model::{Gguf, MixtralRunner, ModelError, WeightSource};
 
-const OPTIONS: RunnerOptions = RunnerOptions {
-    max_model_len: 64,
-    max_num_batched_tokens: 16,
-    max_num_seqs: 4,
-    block_size: 4,
-    num_blocks: 17,
-};
+use crate::support::{self, Scratch, fixture};
 
 /// Numbers of value types.
 const U8: u32 = 0;
@@ -25,40 +18,12 @@ const F32: u32 = 6;
 const STRING: u32 = 8;
 const ARRAY: u32 = 9;
 
-fn fixture(name: &str) -> Vec<u8> {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/gguf");
-    std::fs::read(directory.join(name)).unwrap()
-}
-
-/// A directory for files, removed when dropped.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new() -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let unique = format!("windrose-gguf-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let directory = std::env::temp_dir().join(unique);
-        std::fs::create_dir_all(&directory).unwrap();
-        Self(directory)
-    }
-
-    fn write(&self, name: &str, bytes: &[u8]) -> PathBuf {
-        let path = self.0.join(name);
-        std::fs::write(&path, bytes).unwrap();
-        path
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
+fn sound(name: &str) -> Vec<u8> {
+    std::fs::read(fixture("gguf").join(name)).unwrap()
 }
 
 fn load(path: &Path) -> Result<MixtralRunner<Reference>, ModelError> {
-    let files = ModelFiles::open(path)?;
-    let config = ModelConfig::load(&files)?;
-    MixtralRunner::load(Reference::new(), &files, &config, WeightSource::Checkpoint, OPTIONS, &mut |_| {})
+    support::load(path, WeightSource::Checkpoint)
 }
 
 #[track_caller]
@@ -157,7 +122,7 @@ impl Writer {
 
 #[test]
 fn a_file_cut_anywhere_is_refused() {
-    let sound = fixture("llama-dense-f16.gguf");
+    let sound = sound("llama-dense-f16.gguf");
     let scratch = Scratch::new();
     let header_len = Gguf::open(&scratch.write("model.gguf", &sound)).unwrap().header().len();
     for len in 0..=header_len {
@@ -257,7 +222,7 @@ fn tensors_that_do_not_fit_are_named() {
 
 #[test]
 fn a_tensor_that_nothing_asked_for_is_refused() {
-    let sound = fixture("llama-dense-f16.gguf");
+    let sound = sound("llama-dense-f16.gguf");
     let replace = |from: &str, to: &str| {
         assert_eq!(from.len(), to.len());
         let at = sound.windows(from.len()).position(|window| window == from.as_bytes()).unwrap();
@@ -275,7 +240,7 @@ fn a_tensor_that_nothing_asked_for_is_refused() {
 #[test]
 fn sets_of_files_are_checked() {
     let name = |number: u32| format!("model-{number:05}-of-00003.gguf");
-    let shard = |number: u32| fixture(&format!("mixtral-16x3-sharded-{number:05}-of-00003.gguf"));
+    let shard = |number: u32| sound(&format!("mixtral-16x3-sharded-{number:05}-of-00003.gguf"));
     let set = || {
         let scratch = Scratch::new();
         let paths = [1, 2, 3].map(|number| scratch.write(&name(number), &shard(number)));
@@ -294,7 +259,7 @@ fn sets_of_files_are_checked() {
     scratch.write(&name(2), &shard(3));
     let error = refused(&first);
     assert!(error.contains(&name(2)) && error.contains("split.no"), "{error}");
-    scratch.write(&name(2), &fixture("llama-dense-f16.gguf"));
+    scratch.write(&name(2), &sound("llama-dense-f16.gguf"));
     let error = refused(&first);
     assert!(error.contains(&name(2)) && error.contains("split.no"), "{error}");
 
@@ -305,7 +270,7 @@ fn sets_of_files_are_checked() {
 
 #[test]
 fn random_damage_never_panics() {
-    let sound = fixture("mixtral-4x1-mha-f32.gguf");
+    let sound = sound("mixtral-4x1-mha-f32.gguf");
     let scratch = Scratch::new();
     let (mut loaded, mut refused) = (0, 0);
     for seed in 0..400u64 {

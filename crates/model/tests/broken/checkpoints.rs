@@ -4,47 +4,33 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use backend::sampling::mix64;
 use backend::{Batch, Reference};
-use model::{MixtralRunner, ModelConfig, ModelError, ModelFiles, RunnerOptions, WeightSource};
+use model::{MixtralRunner, ModelError, ModelFiles, WeightSource};
 use serde_json::{Value, json};
 
-const OPTIONS: RunnerOptions = RunnerOptions {
-    max_model_len: 64,
-    max_num_batched_tokens: 16,
-    max_num_seqs: 4,
-    block_size: 4,
-    num_blocks: 17,
-};
+use crate::support::{Scratch, fixture, load};
 
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures").join(name)
-}
-
-/// A private copy of a fixture, removed when dropped.
-struct Copy(PathBuf);
+/// A private copy of a fixture.
+struct Copy(Scratch);
 
 impl Copy {
     fn of(name: &str) -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let unique = format!("windrose-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let directory = std::env::temp_dir().join(unique);
-        std::fs::create_dir_all(&directory).unwrap();
+        let scratch = Scratch::new();
         for entry in std::fs::read_dir(fixture(name)).unwrap() {
             let path = entry.unwrap().path();
-            std::fs::copy(&path, directory.join(path.file_name().unwrap())).unwrap();
+            std::fs::copy(&path, scratch.path(path.file_name().unwrap().to_str().unwrap())).unwrap();
         }
-        Self(directory)
+        Self(scratch)
     }
 
     fn path(&self, name: &str) -> PathBuf {
-        self.0.join(name)
+        self.0.path(name)
     }
 
     fn load(&self) -> Result<MixtralRunner<Reference>, ModelError> {
-        load(&ModelFiles::open(&self.0)?, WeightSource::Checkpoint)
+        load(&self.path(""), WeightSource::Checkpoint)
     }
 
     fn edit_config(&self, edit: impl FnOnce(&mut Value)) {
@@ -66,17 +52,6 @@ impl Copy {
         out.extend(&bytes[8 + header_len..]);
         std::fs::write(self.path("model.safetensors"), out).unwrap();
     }
-}
-
-impl Drop for Copy {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
-fn load(files: &ModelFiles, source: WeightSource) -> Result<MixtralRunner<Reference>, ModelError> {
-    let config = ModelConfig::load(files)?;
-    MixtralRunner::load(Reference::new(), files, &config, source, OPTIONS, &mut |_| {})
 }
 
 #[track_caller]
@@ -218,9 +193,8 @@ fn random_damage_never_panics() {
 fn dummy_weights_need_only_the_configuration_and_depend_on_the_seed() {
     let copy = Copy::of("mixtral-8x2-gqa");
     std::fs::remove_file(copy.path("model.safetensors")).unwrap();
-    let files = ModelFiles::open(&copy.0).unwrap();
     let logits = |seed| {
-        let mut runner = load(&files, WeightSource::Dummy { seed }).unwrap();
+        let mut runner = load(&copy.path(""), WeightSource::Dummy { seed }).unwrap();
         let mut batch = Batch::new();
         batch.push_sequence(&[5, 6, 7], 0, &[1], 4);
         batch.logits_indices = vec![2];
