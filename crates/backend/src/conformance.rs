@@ -320,6 +320,7 @@ fn check_experts<B: Backend>(backend: &mut B, quantisation: f32) {
         (29, 64, 48, shape(8, 2)),
         (11, 33, 17, shape(16, 3)),
         (6, 24, 40, shape(1, 1)),
+        (170, 40, 24, shape(3, 2)),
     ];
     for (tokens, hidden, ffn, shape) in cases {
         let case = ExpertsCase::new(tokens, hidden, ffn, shape);
@@ -348,12 +349,14 @@ struct AttentionCase {
     shape: AttentionShape,
     block_size: usize,
     rope: RopeTable,
+    /// Tokens of the longest sequence.
+    len: usize,
 }
 
 impl AttentionCase {
     fn new(heads: [usize; 2], head_dim: usize, sliding_window: Option<u32>, block_size: usize) -> Self {
         let shape = AttentionShape { num_heads: heads[0], num_kv_heads: heads[1], head_dim, sliding_window };
-        Self { shape, block_size, rope: RopeTable::new(1e4, head_dim, 256) }
+        Self { shape, block_size, rope: RopeTable::new(1e4, head_dim, 2048), len: 150 }
     }
 
     /// Runs batches one after another over one cache; the attention output of all of them, concatenated.
@@ -383,24 +386,28 @@ fn attention_cases() -> Vec<AttentionCase> {
         AttentionCase::new([8, 1], 32, None, 8),
         AttentionCase::new([4, 2], 64, Some(5), 4),
         AttentionCase::new([2, 1], 12, Some(1), 3),
+        AttentionCase { len: 1300, ..AttentionCase::new([4, 1], 12, None, 32) },
+        AttentionCase { len: 1300, ..AttentionCase::new([2, 2], 8, Some(700), 32) },
     ]
 }
 
 fn check_attention<B: Backend>(backend: &mut B, quantisation: f32) {
     for case in attention_cases() {
-        let batch = fresh_batch(&[1, 17, 4, 33], case.block_size, 8);
-        let qkv = Values(6).take(batch.num_tokens() * case.shape.qkv_features());
-        let steps = [(batch, qkv)];
-        let got = case.run(backend, &steps);
-        let expected = case.run(&mut Reference::new(), &steps);
-        let what = format!("attention {:?}", case.shape);
-        assert_deviation(&what, &got, &expected, DType::Bf16, quantisation);
+        for lens in [&[1, 17, 4, 33][..], &[case.len]] {
+            let batch = fresh_batch(lens, case.block_size, 8);
+            let qkv = Values(6).take(batch.num_tokens() * case.shape.qkv_features());
+            let steps = [(batch, qkv)];
+            let got = case.run(backend, &steps);
+            let expected = case.run(&mut Reference::new(), &steps);
+            let what = format!("attention {:?} over {lens:?}", case.shape);
+            assert_deviation(&what, &got, &expected, DType::Bf16, quantisation);
+        }
     }
 }
 
 fn check_attention_is_independent_of_chunking<B: Backend>(backend: &mut B) {
     for case in attention_cases() {
-        let (len, width) = (150, case.shape.qkv_features());
+        let (len, width) = (case.len, case.shape.qkv_features());
         let qkv = Values(7).take(len * width);
         let num_blocks = len.div_ceil(case.block_size) as u32;
         // Scattered blocks: the cache's layout must not matter either.
@@ -412,8 +419,7 @@ fn check_attention_is_independent_of_chunking<B: Backend>(backend: &mut B) {
         };
         let straight: Vec<u32> = (1..=num_blocks).collect();
         let whole = case.run(backend, &[chunk(0..len, &straight)]);
-        let steps =
-            [chunk(0..1, &table), chunk(1..70, &table), chunk(70..149, &table), chunk(149..150, &table)];
+        let steps = [0..1, 1..70, 70..len - 1, len - 1..len].map(|range| chunk(range, &table));
         assert_eq!(case.run(backend, &steps), whole, "attention {:?}: chunked and whole", case.shape);
     }
 }

@@ -49,6 +49,16 @@ impl Routing {
         self.topk_ids.len() / self.top_k
     }
 
+    /// Number of assignments, the rows of what experts compute.
+    pub fn num_rows(&self) -> usize {
+        self.permutation.len()
+    }
+
+    /// Rows per expert, rounded down.
+    pub fn mean_rows(&self) -> usize {
+        self.num_rows() / self.num_experts()
+    }
+
     /// Rows of `expert` in `permutation`.
     pub fn expert_range(&self, expert: usize) -> Range<usize> {
         self.expert_offsets[expert] as usize..self.expert_offsets[expert + 1] as usize

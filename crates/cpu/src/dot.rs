@@ -1,37 +1,41 @@
-//! Dot products of up to 32 weight rows with up to 8 activation rows: the one inner loop of all matrix
-//! products and of attention's scores.
+//! Dot products of up to 32 weight rows with activation rows: the one inner loop of all bf16 matrix products and of
+//! attention's scores.
 //!
 //! Tiles of weight rows × tokens keep their accumulators in registers while they walk along K:
 //!
 //! ```text
-//!            x0  x1        every (weight row, token) pair has exactly one accumulator, which walks K from
+//!            x0  x1        every (weight row, token) pair has its own accumulator, which walks a span of K from
 //!        w0  a00 a01       the start to the end; tiles only say which pairs walk together
 //!        w1  a10 a11
-//!        w2  a20 a21
+//!        w2  a20 a21       Σ over spans of 2048 elements  Σ over lanes  Σ over steps   (element products)
 //!        w3  a30 a31
 //! ```
 //!
 //! So a pair's result depends on the two rows and the instruction set alone, bit for bit: not on the tile that
-//! it fell in, nor on the rows beside it. With few tokens memory is the limit and weights are [`streamed`];
-//! with many arithmetic is, and the product is [`blocked`]. This file does not know where rows come from or
-//! where sums go.
+//! it fell in, nor on the rows beside it. With few tokens memory is the limit and weights are [`streamed`]; with
+//! several the product is [`blocked`] for the caches; with many arithmetic is the limit, and tokens lie in [`strips`].
+//! This file does not know where rows come from or where sums go.
 
 mod blocked;
 mod streamed;
+mod strips;
 mod tile;
+
+use std::ops::Range;
 
 use half::bf16;
 
 use crate::simd::Simd;
+pub(crate) use strips::{Strips, dot_strips, make_strip, strip_len};
 
 /// Most weight rows of one call.
 pub(crate) const MAX_ROWS: usize = 32;
-/// Most activation rows of one call.
+/// Most activation rows of one call of [`dot_rows`].
 pub(crate) const MAX_TOKENS: usize = 8;
 /// Most weight rows, and most tokens, of a tile.
 pub(crate) const MAX_TILE: usize = 4;
-
-const _: () = assert!(MAX_ROWS.is_multiple_of(MAX_TILE) && MAX_TOKENS.is_multiple_of(MAX_TILE));
+/// Elements after which the lanes of an accumulator are added up.
+const SPAN: usize = 2048;
 
 /// The sums of one call, `[token][weight row]`.
 pub(crate) type Sums = [[f32; MAX_ROWS]; MAX_TOKENS];
@@ -40,6 +44,12 @@ pub(crate) type Sums = [[f32; MAX_ROWS]; MAX_TOKENS];
 pub(crate) type WeightRows<'a> = RowList<'a, MAX_ROWS>;
 /// Activation rows of one call.
 pub(crate) type TokenRows<'a> = RowList<'a, MAX_TOKENS>;
+
+/// The spans of rows with `len` elements.
+#[inline(always)]
+fn spans(len: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..len).step_by(SPAN).map(move |start| start..len.min(start + SPAN))
+}
 
 /// Computes `sums[t][r] = w[r] · x[t]` for all rows given.
 ///
@@ -54,6 +64,7 @@ pub(crate) fn dot_rows<S: Simd>(
 ) {
     let len = w.first().map_or(0, |row| row.len());
     assert!(w.iter().chain(x.iter()).all(|row| row.len() == len), "rows of a product have one length");
+    sums[..x.len()].iter_mut().for_each(|sums| sums[..w.len()].fill(0.0));
     match (x.len(), S::TILE_ROWS) {
         (0, _) => {}
         (1, _) => streamed::dot_rows::<S, 4, 1>(simd, w, x, sums),
@@ -62,8 +73,16 @@ pub(crate) fn dot_rows<S: Simd>(
         (3, _) => streamed::dot_rows::<S, 2, 3>(simd, w, x, sums),
         (4, 4) => streamed::dot_rows::<S, 4, 4>(simd, w, x, sums),
         (4, _) => streamed::dot_rows::<S, 2, 4>(simd, w, x, sums),
-        (_, 4) => blocked::dot_rows::<S, 4>(simd, w, x, sums),
-        (_, _) => blocked::dot_rows::<S, 2>(simd, w, x, sums),
+        (_, rows) => {
+            for k in spans(len) {
+                let w = WeightRows::new(w.iter().map(|row| &row[k.clone()]));
+                let x = TokenRows::new(x.iter().map(|row| &row[k.clone()]));
+                match rows {
+                    4 => blocked::dot_rows::<S, 4>(simd, &w, &x, sums),
+                    _ => blocked::dot_rows::<S, 2>(simd, &w, &x, sums),
+                }
+            }
+        }
     }
 }
 
@@ -105,6 +124,7 @@ mod tests {
 
     use super::*;
     use crate::isa::{Isa, Kernel};
+    use crate::simd::{RowPairs, STRIP_ROWS};
 
     struct DotRows<'a> {
         w: WeightRows<'a>,
@@ -127,6 +147,30 @@ mod tests {
         sums
     }
 
+    struct DotStrips<'a> {
+        w: WeightRows<'a>,
+        x: &'a [Vec<bf16>],
+        sums: &'a mut [[f32; MAX_ROWS]],
+    }
+
+    impl Kernel for DotStrips<'_> {
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) {
+            let len = self.x[0].len();
+            let mut strips = vec![RowPairs::default(); strip_len(len) * self.x.len().div_ceil(STRIP_ROWS)];
+            for (x, strip) in self.x.chunks(STRIP_ROWS).zip(strips.chunks_mut(strip_len(len))) {
+                make_strip(simd, &RowList::<STRIP_ROWS>::new(x.iter().map(Vec::as_slice)), strip);
+            }
+            dot_strips(simd, &self.w, Strips::new(&strips, len), &mut Vec::new(), self.sums);
+        }
+    }
+
+    fn run_strips(isa: Isa, w: &[Vec<bf16>], x: &[Vec<bf16>]) -> Vec<[f32; MAX_ROWS]> {
+        let mut sums = vec![[0.0; MAX_ROWS]; x.len()];
+        isa.run(DotStrips { w: WeightRows::new(w.iter().map(Vec::as_slice)), x, sums: &mut sums });
+        sums
+    }
+
     fn rows(seed: usize, count: usize, len: usize) -> Vec<Vec<bf16>> {
         let row = |row| (0..len as u64).map(|i| dummy_value((seed + row) as u64, i, 0.1, 1.0)).collect();
         (0..count).map(row).collect()
@@ -140,22 +184,30 @@ mod tests {
         Isa::ALL.into_iter().filter(|isa| isa.is_available())
     }
 
-    /// Rows of all lengths in tiles of all shapes: close to f64, and the bits of the pair alone.
+    /// Rows of all lengths in tiles of all shapes, as they lie and in strips: close to f64, and the bits of the pair
+    /// alone.
     #[test]
     fn a_pair_has_the_same_bits_in_every_tile() {
-        for len in [1, 7, 8, 9, 16, 31, 32, 33, 100, 511, 512, 513, 1024, 1337, 2050] {
-            let (w, x) = (rows(len, MAX_ROWS, len), rows(len + 100, MAX_TOKENS, len));
+        const NUM_TOKENS: usize = 70;
+        for len in [1, 7, 8, 9, 16, 31, 32, 33, 100, 511, 512, 513, 1024, 1337, 2048, 2050, 4111] {
+            let (w, x) = (rows(len, MAX_ROWS, len), rows(len + 100, NUM_TOKENS, len));
             for isa in available() {
                 let alone = |r: usize, t: usize| run(isa, &w[r..=r], &x[t..=t])[0][0];
                 let expected: Vec<Vec<f32>> =
-                    (0..MAX_TOKENS).map(|t| (0..MAX_ROWS).map(|r| alone(r, t)).collect()).collect();
-                for (num_rows, num_tokens) in
-                    (1..=9).chain([MAX_ROWS]).flat_map(|r| (1..=8).map(move |t| (r, t)))
-                {
-                    let sums = run(isa, &w[..num_rows], &x[..num_tokens]);
-                    for t in 0..num_tokens {
+                    (0..NUM_TOKENS).map(|t| (0..MAX_ROWS).map(|r| alone(r, t)).collect()).collect();
+                let check = |sums: &[[f32; MAX_ROWS]], num_rows: usize, num_tokens: usize| {
+                    for (t, (sums, expected)) in sums.iter().zip(&expected).enumerate().take(num_tokens) {
                         let case = format!("{} {num_rows} x {num_tokens}, length {len}", isa.name());
-                        assert_eq!(sums[t][..num_rows], expected[t][..num_rows], "{case}, token {t}");
+                        assert_eq!(sums[..num_rows], expected[..num_rows], "{case}, token {t}");
+                    }
+                };
+                for num_rows in (1..=9).chain([17, MAX_ROWS]) {
+                    for num_tokens in 1..=MAX_TOKENS {
+                        check(&run(isa, &w[..num_rows], &x[..num_tokens]), num_rows, num_tokens);
+                    }
+                    for num_tokens in [1, 3, 5, 8, 9, 16, 17, 31, 33, 48, 49, NUM_TOKENS] {
+                        let sums = run_strips(isa, &w[..num_rows], &x[..num_tokens]);
+                        check(&sums, num_rows, num_tokens);
                     }
                 }
                 for (t, sums) in expected.iter().enumerate() {

@@ -14,6 +14,8 @@ pub enum Isa {
     Portable,
     /// AArch64: bf16 widened to f32, 4 lanes of fused multiply-add.
     Neon,
+    /// AArch64 with dot products: the same, and `sdot` for integers.
+    NeonDotprod,
     /// x86-64 with AVX2, FMA and F16C: bf16 widened to f32, 8 lanes of fused multiply-add.
     Avx2,
     /// x86-64 with AVX-512 F, BW, BF16 and VNNI: 16 lanes of `vdpbf16ps` or `vpdpbusd`.
@@ -22,7 +24,7 @@ pub enum Isa {
 
 impl Isa {
     /// All instruction sets, the fastest last.
-    pub const ALL: [Self; 4] = [Self::Portable, Self::Neon, Self::Avx2, Self::Avx512Bf16];
+    pub const ALL: [Self; 5] = [Self::Portable, Self::Neon, Self::NeonDotprod, Self::Avx2, Self::Avx512Bf16];
 
     /// Finds the fastest instruction set that this machine has.
     pub fn detect() -> Self {
@@ -34,6 +36,10 @@ impl Isa {
         match self {
             Self::Portable => true,
             Self::Neon => cfg!(all(target_arch = "aarch64", target_endian = "little")),
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Self::NeonDotprod => std::arch::is_aarch64_feature_detected!("dotprod"),
+            #[cfg(not(all(target_arch = "aarch64", target_endian = "little")))]
+            Self::NeonDotprod => false,
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => {
                 is_x86_feature_detected!("avx2")
@@ -58,6 +64,7 @@ impl Isa {
         match self {
             Self::Portable => "portable",
             Self::Neon => "neon",
+            Self::NeonDotprod => "neon-dotprod",
             Self::Avx2 => "avx2",
             Self::Avx512Bf16 => "avx512-bf16",
         }
@@ -73,7 +80,10 @@ impl Isa {
         match self {
             Self::Portable => kernel.run(Portable),
             #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
-            Self::Neon => kernel.run(crate::simd::Neon::new()),
+            Self::Neon => kernel.run(crate::simd::Neon::<false>::new()),
+            // SAFETY: the assertion above found the feature that `run_neon_dotprod` enables.
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Self::NeonDotprod => unsafe { run_neon_dotprod(kernel) },
             // SAFETY: the assertion above found the features that `run_avx2` enables.
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => unsafe { run_avx2(kernel) },
@@ -93,6 +103,12 @@ impl Isa {
 pub(crate) trait Kernel {
     /// Does the work with the vector operations of `simd`.
     fn run<S: Simd>(self, simd: S);
+}
+
+#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+#[target_feature(enable = "dotprod")]
+fn run_neon_dotprod<K: Kernel>(kernel: K) {
+    kernel.run(crate::simd::Neon::<true>::new());
 }
 
 #[cfg(target_arch = "x86_64")]

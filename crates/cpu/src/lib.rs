@@ -48,18 +48,18 @@ pub use crate::matrix::{Experts, Matrix, WeightFormat};
 pub use crate::packed::{ImageError, ImageKey, PackedMatrix};
 pub use crate::tensor::Tensor;
 
-use crate::attention::Attention;
+use crate::attention::{Attention, AttentionSplit, Inputs, MergeSplits, Splits};
 use crate::elementwise::{Add, AddRmsNorm, Embed, GatherRows, RmsNorm};
 use crate::experts::{Down, GateUp};
-use crate::grid::Grid;
+use crate::grid::{Grid, Tiles};
 use crate::kv::{KvStorage, RopeStoreKv};
 use crate::linear::Linear;
 use crate::matrix::CALL_TOKENS;
 use crate::numbers::Element;
-use crate::operand::{Operand, Order, Scratch};
+use crate::operand::{Order, Scratch};
 use crate::packed::{PANEL_ROWS, Packer};
 use crate::team::Team;
-use crate::tensor::Values;
+use crate::tensor::{Rows, Values};
 
 /// How to run.
 #[derive(Debug, Clone, Copy, Default)]
@@ -82,6 +82,8 @@ pub struct Cpu {
     packer: Packer,
     team: Team,
     scratch: Scratch,
+    splits: Splits,
+    partials: Vec<f32>,
     batch: Batch,
     sampled: Vec<Result<Sampled, NonFiniteLogits>>,
 }
@@ -110,6 +112,8 @@ impl Cpu {
             packer: Packer::default(),
             team: Team::new(num_threads),
             scratch: Scratch::default(),
+            splits: Splits::default(),
+            partials: Vec::new(),
             batch: Batch::new(),
             sampled: Vec::new(),
         }
@@ -175,28 +179,10 @@ fn linear<E: Element>(cpu: &mut Cpu, x: &Tensor, weight: &Matrix, out: &mut [E])
     }
     let band_cols = cpu.band_cols(weight, rows);
     let Cpu { isa, ref mut team, ref mut scratch, .. } = *cpu;
-    let x = operand(x, Order::Given, rows, weight, isa, scratch, team);
+    let x = scratch.operand(x, Order::Given, rows, weight, isa, team);
     team.for_each(Grid::column_bands(out, weight.rows(), band_cols), |out| {
         isa.run(Linear { x, weight, out });
     });
-}
-
-/// The first `rows` rows of an order of `x`, in the form that `weight` multiplies.
-fn operand<'a>(
-    x: &'a Tensor,
-    order: Order<'a>,
-    rows: usize,
-    weight: &Matrix,
-    isa: Isa,
-    scratch: &'a mut Scratch,
-    team: &mut Team,
-) -> Operand<'a> {
-    match weight.packed() {
-        None => Operand::Bf16(x.bf16(), order),
-        Some(packed) => {
-            Operand::Quantised(scratch.quantise(x.bf16(), order, rows, packed.offset(), isa, team))
-        }
-    }
 }
 
 impl Backend for Cpu {
@@ -215,7 +201,7 @@ impl Backend for Cpu {
     }
 
     fn tensor(&mut self, max_rows: usize, features: usize, dtype: DType) -> Result<Tensor, BackendError> {
-        if dtype == DType::Bf16 && self.weights != WeightFormat::Bf16 {
+        if dtype == DType::Bf16 {
             self.scratch.reserve(max_rows, features)?;
         }
         Tensor::new(max_rows, features, dtype)
@@ -251,6 +237,7 @@ impl Backend for Cpu {
     }
 
     fn routing(&mut self, max_tokens: usize, shape: RouteShape) -> Result<Routing, BackendError> {
+        self.scratch.reserve_groups(shape.num_experts)?;
         let logits = Tensor::new(max_tokens, shape.num_experts, DType::F32)?;
         let routing = backend::Routing::with_capacity(max_tokens, shape.num_experts, shape.top_k);
         Ok(Routing { logits, routing })
@@ -348,13 +335,28 @@ impl Backend for Cpu {
 
     fn attention(&mut self, q: &Tensor, kv: &KvCache, out: &mut Tensor) {
         assert!([q.features(), out.features()] == [kv.shape.q_features(); 2]);
-        let (isa, batch, q) = (self.isa, &self.batch, q.bf16());
-        let group_cols = kv.group_len() * kv.shape.head_dim;
+        let Self { isa, ref mut team, ref batch, ref mut splits, ref mut partials, .. } = *self;
+        let inputs = Inputs { q: q.bf16(), kv, batch };
+        let (num_tokens, features) = (batch.num_tokens(), out.features());
         // Few tokens are usually decodes, each with a context of its own; many are chunks of prompts.
-        let band_rows = if batch.num_tokens() <= 64 { 1 } else { 8 };
-        let features = out.features();
-        let grid = Grid::new(out.bf16_mut(batch.num_tokens()), features, band_rows, group_cols);
-        self.team.for_each(grid, |out| isa.run(Attention { q, kv, batch, out }));
+        let band_rows = if num_tokens <= 64 { 1 } else { 8 };
+        let out = out.bf16_mut(num_tokens);
+        let grid = Grid::new(out, features, band_rows, kv.group_len() * kv.shape.head_dim);
+        if grid.num_tiles() < 4 * team.num_threads() {
+            splits.count(batch, kv);
+            if splits.are_many() {
+                let (num_items, width) = (splits.num_items(), splits.width());
+                partials.resize(partials.len().max(num_items * width), 0.0);
+                let (partials, splits) = (&mut partials[..num_items * width], &*splits);
+                team.for_each(Grid::row_bands(partials, width, 1), |partial| {
+                    isa.run(AttentionSplit { inputs, splits, partial });
+                });
+                let partials = Rows::new(partials, width);
+                team.for_each(grid, |out| isa.run(MergeSplits { inputs, splits, partials, out }));
+                return;
+            }
+        }
+        team.for_each(grid, |out| isa.run(Attention { inputs, out }));
     }
 
     fn route(&mut self, x: &Tensor, router: Option<&Matrix>, routing: &mut Routing) {
@@ -370,18 +372,18 @@ impl Backend for Cpu {
 
     fn experts_gate_up(&mut self, x: &Tensor, experts: &Experts, routing: &Routing, act: &mut Tensor) {
         let (gate, routing, features) = (&experts.gate[0], &routing.routing, act.features());
-        let band_cols = self.band_cols(gate, routing.permutation.len() / routing.num_experts());
+        let band_cols = self.band_cols(gate, routing.mean_rows());
         let Self { isa, ref mut team, ref mut scratch, .. } = *self;
-        let x = operand(x, Order::ByExpert(routing), routing.permutation.len(), gate, isa, scratch, team);
-        let grid = Grid::column_bands(act.bf16_mut(routing.permutation.len()), features, band_cols);
+        let x = scratch.operand(x, Order::Gathered(routing), routing.num_rows(), gate, isa, team);
+        let grid = Grid::column_bands(act.bf16_mut(routing.num_rows()), features, band_cols);
         team.for_each(grid, |act| isa.run(GateUp { x, experts, routing, act }));
     }
 
     fn experts_down(&mut self, act: &Tensor, experts: &Experts, routing: &Routing, out: &mut Tensor) {
         let (down, routing, features) = (&experts.down[0], &routing.routing, out.features());
-        let band_cols = self.band_cols(down, routing.permutation.len() / routing.num_experts());
+        let band_cols = self.band_cols(down, routing.mean_rows());
         let Self { isa, ref mut team, ref mut scratch, .. } = *self;
-        let act = operand(act, Order::Given, routing.permutation.len(), down, isa, scratch, team);
+        let act = scratch.operand(act, Order::Grouped(routing), routing.num_rows(), down, isa, team);
         let grid = Grid::column_bands(out.f32_mut(routing.num_tokens()), features, band_cols);
         team.for_each(grid, |out| isa.run(Down { act, experts, routing, out }));
     }
@@ -432,7 +434,7 @@ mod tests {
                 // SwiGLU multiplies errors of its gate by large values of its other half.
                 for (weights, products, kv_cache, attention) in [
                     (WeightFormat::Bf16, 0.0, KvFormat::Bf16, 0.0),
-                    (WeightFormat::Q8, 0.2, KvFormat::Q8, 0.02),
+                    (WeightFormat::Q8, 0.2, KvFormat::Q8, 0.1),
                     (WeightFormat::Q4, 1.5, KvFormat::Bf16, 0.0),
                 ] {
                     println!("{} on {num_threads} threads, {} weights", isa.name(), weights.name());

@@ -11,17 +11,18 @@ use backend::{BackendError, ExpertsView, WeightData, WeightType, WeightView};
 use bytes::Bytes;
 use half::bf16;
 
-use crate::dot::{self, MAX_ROWS, TokenRows, WeightRows, dot_rows};
+use crate::dot::{MAX_ROWS, MAX_TOKENS, TokenRows, WeightRows, dot_rows, dot_strips};
 use crate::grid::Grid;
 use crate::isa::Isa;
 use crate::numbers::Element;
-use crate::operand::Operand;
+use crate::operand::{FEW_ROWS, Operand};
 use crate::packed::{Packed, PackedFormat, Packer};
-use crate::simd::Simd;
+use crate::simd::{RowPairs, Simd};
 use crate::team::Team;
 use crate::tensor::Buffer;
 
-/// Most activation rows of one [`Matrix::dot`]: a span of so many quantised rows fits the L1 cache beside the weights.
+/// Most activation rows of one [`Matrix::dot`], whole strips: a span of so many quantised rows fits the L1 cache beside
+/// the weights, one of so many bf16 rows half of an L2 cache.
 pub(crate) const CALL_TOKENS: usize = 128;
 
 /// The sums of one [`Matrix::dot`]: for each panel of [`MAX_ROWS`] weight rows, one row per token.
@@ -29,6 +30,8 @@ pub(crate) const CALL_TOKENS: usize = 128;
 pub(crate) struct PanelSums {
     sums: Vec<[f32; MAX_ROWS]>,
     num_tokens: usize,
+    /// Weights on their way.
+    scratch: Vec<RowPairs>,
 }
 
 impl PanelSums {
@@ -193,13 +196,17 @@ impl Matrix {
         sums: &mut PanelSums,
     ) {
         match (&self.storage, x) {
-            (Storage::Bf16(parts), Operand::Bf16(x, order)) => {
-                let sums = sums.reset(cols.len(), rows.len());
+            (Storage::Bf16(parts), Operand::Bf16(x)) => {
                 let weights = WeightRows::new(cols.map(|col| bf16_row(parts, self.cols, col)));
-                for (first, sums) in rows.step_by(dot::MAX_TOKENS).zip(sums.chunks_mut(dot::MAX_TOKENS)) {
-                    let rows = first..first + sums.len();
-                    let tokens = TokenRows::new(rows.map(|row| x.row(order.source(row))));
-                    dot_rows(simd, &weights, &tokens, sums);
+                sums.reset(weights.len(), rows.len());
+                let PanelSums { sums, scratch, .. } = sums;
+                if rows.len() > FEW_ROWS {
+                    dot_strips(simd, &weights, x.strips(rows.start), scratch, sums);
+                } else {
+                    for (first, sums) in rows.step_by(MAX_TOKENS).zip(sums.chunks_mut(MAX_TOKENS)) {
+                        let tokens = TokenRows::new((first..first + sums.len()).map(|row| x.row(row)));
+                        dot_rows(simd, &weights, &tokens, sums);
+                    }
                 }
             }
             (Storage::Packed(packed), Operand::Quantised(x)) => packed.dot(simd, cols, x, rows, sums),

@@ -1,129 +1,86 @@
 //! What a matrix multiplies: rows of activations in bf16, or quantised to 8 bits for quantised weights.
 //!
-//! ```text
-//! row of bf16     ├──────────── span: 128 columns, one scale ────────────┤
-//!                 ├── group: 32 ─┤                                         Σ of each group, for the offset
-//! quantised       8 quads of four bytes, in the order that the kernels take them
-//! ```
-//!
-//! Quantising happens once per product, right before it: it is a small share of the work, and so no verb has to
-//! know what the next one will do with its result. It also puts rows in the order in which they are multiplied, and
-//! the spans of neighbouring rows side by side, `[span][row]`: kernels walk many rows along a span before the next,
-//! and rows whole would lie a multiple of 4 KiB apart and fight over the same ways of the L1 cache. Non-finite values
-//! make their row's scale NaN, so that they reach the result.
+//! Either is made once per product, right before it, in the order in which rows are multiplied: it is a small share of
+//! the work, and so no verb has to know what the next one will do with its result.
+
+mod bf16;
+mod quantised;
 
 use std::ops::Range;
 
 use backend::{BackendError, Routing};
-use half::bf16;
 
-use crate::grid::{Grid, Tile};
-use crate::isa::{Isa, Kernel};
-use crate::numbers::{Element, nearest_i8, scale_and_factor};
-use crate::packed::GROUP;
-use crate::simd::{QUAD, Simd};
+use crate::isa::Isa;
+use crate::matrix::Matrix;
 use crate::team::Team;
-use crate::tensor::{Buffer, Rows};
-
-/// Groups of columns over which a row has one scale.
-pub(crate) const SPAN_GROUPS: usize = 4;
-/// Columns over which a row has one scale.
-const SPAN: usize = SPAN_GROUPS * GROUP;
-
-/// The quads of a span, by group.
-type SpanQuads = [[i32; GROUP / QUAD]; SPAN_GROUPS];
-/// Of each group of a span, `-offset · Σ x`: where sums of products with stored weights start.
-type SpanStarts = [i32; SPAN_GROUPS];
+use crate::tensor::Tensor;
+use bf16::StripBuffer;
+pub(crate) use bf16::{Bf16Rows, FEW_ROWS};
+pub(crate) use quantised::{QuantisedBuffer, QuantisedRows, SPAN_GROUPS, SpanRows};
 
 /// Rows of activations in the form that a matrix takes.
 #[derive(Clone, Copy)]
 pub(crate) enum Operand<'a> {
-    Bf16(Rows<'a, bf16>, Order<'a>),
+    Bf16(Bf16Rows<'a>),
     Quantised(QuantisedRows<'a>),
 }
 
-/// Which rows of a tensor an operand is made of.
+/// Which rows of a tensor an operand is made of, and which of them meet the same weights.
 #[derive(Clone, Copy)]
 pub(crate) enum Order<'a> {
     /// All, as they lie.
     Given,
+    /// As they lie, which is grouped by expert.
+    Grouped(&'a Routing),
     /// Each token once per expert that it is routed to, grouped by expert.
-    ByExpert(&'a Routing),
+    Gathered(&'a Routing),
 }
 
-impl Order<'_> {
+impl<'a> Order<'a> {
     /// The tensor's row that is the operand's row `row`.
     #[inline(always)]
     pub(crate) fn source(self, row: usize) -> usize {
         match self {
-            Self::Given => row,
-            Self::ByExpert(routing) => routing.permutation[row] as usize / routing.top_k,
+            Self::Given | Self::Grouped(_) => row,
+            Self::Gathered(routing) => routing.permutation[row] as usize / routing.top_k,
+        }
+    }
+
+    fn num_groups(self) -> usize {
+        self.routing().map_or(1, Routing::num_experts)
+    }
+
+    /// The groups of `num_rows` rows.
+    fn groups(self, num_rows: usize) -> impl Iterator<Item = Range<usize>> {
+        let rows = move |group| self.routing().map_or(0..num_rows, |routing| routing.expert_range(group));
+        (0..self.num_groups()).map(rows)
+    }
+
+    /// The group of a row, and its first row.
+    #[inline(always)]
+    fn group_of(self, row: usize) -> (usize, usize) {
+        let Some(routing) = self.routing() else { return (0, 0) };
+        let expert = routing.expert_offsets.partition_point(|&start| start as usize <= row) - 1;
+        (expert, routing.expert_range(expert).start)
+    }
+
+    #[inline(always)]
+    fn routing(self) -> Option<&'a Routing> {
+        match self {
+            Self::Given => None,
+            Self::Grouped(routing) | Self::Gathered(routing) => Some(routing),
         }
     }
 }
 
-/// Room for the largest operand, quantised.
+/// Room for the largest operand in either form.
 #[derive(Default)]
 pub(crate) struct Scratch {
     max_rows: usize,
     max_features: usize,
-    buffers: Option<Buffers>,
-}
-
-/// `[span][row]`
-struct Buffers {
-    quads: Buffer<SpanQuads>,
-    starts: Buffer<SpanStarts>,
-    scales: Buffer<f32>,
-}
-
-/// Quantised rows, `[span][row]`.
-#[derive(Clone, Copy)]
-pub(crate) struct QuantisedRows<'a> {
-    quads: &'a [SpanQuads],
-    starts: &'a [SpanStarts],
-    scales: &'a [f32],
-    num_rows: usize,
-}
-
-/// A span of neighbouring quantised rows.
-#[derive(Clone, Copy)]
-pub(crate) struct SpanRows<'a> {
-    /// Of a row's last span only the groups that the matrix has are set, the last one padded with zeros.
-    pub(crate) quads: &'a [SpanQuads],
-    pub(crate) starts: &'a [SpanStarts],
-    pub(crate) scales: &'a [f32],
-}
-
-impl<'a> QuantisedRows<'a> {
-    /// Spans of a row.
-    #[inline(always)]
-    pub(crate) fn num_spans(&self) -> usize {
-        self.scales.len() / self.num_rows
-    }
-
-    /// One span of some rows.
-    #[inline(always)]
-    pub(crate) fn span(&self, span: usize, rows: Range<usize>) -> SpanRows<'a> {
-        let range = span * self.num_rows + rows.start..span * self.num_rows + rows.end;
-        SpanRows {
-            quads: &self.quads[range.clone()],
-            starts: &self.starts[range.clone()],
-            scales: &self.scales[range],
-        }
-    }
-}
-
-impl<'a> SpanRows<'a> {
-    /// All but the first `num_rows` rows.
-    #[inline(always)]
-    pub(crate) fn skip(self, num_rows: usize) -> Self {
-        Self {
-            quads: &self.quads[num_rows..],
-            starts: &self.starts[num_rows..],
-            scales: &self.scales[num_rows..],
-        }
-    }
+    max_groups: usize,
+    quantised: Option<QuantisedBuffer>,
+    strips: Option<StripBuffer>,
 }
 
 impl Scratch {
@@ -134,85 +91,45 @@ impl Scratch {
     pub(crate) fn reserve(&mut self, max_rows: usize, max_features: usize) -> Result<(), BackendError> {
         self.max_rows = self.max_rows.max(max_rows);
         self.max_features = self.max_features.max(max_features);
-        let num_spans = self.max_rows * self.max_features.div_ceil(SPAN);
-        let what = "quantised activations";
-        let buffers = Buffers {
-            quads: Buffer::zeroed(what, num_spans)?,
-            starts: Buffer::zeroed(what, num_spans)?,
-            scales: Buffer::zeroed(what, num_spans)?,
-        };
-        buffers.quads.prefer_huge_pages();
-        self.buffers = Some(buffers);
+        self.allocate()
+    }
+
+    /// Makes room for as many experts as any layer has.
+    ///
+    /// # Errors
+    /// [`BackendError::OutOfMemory`] if there is none.
+    pub(crate) fn reserve_groups(&mut self, max_groups: usize) -> Result<(), BackendError> {
+        self.max_groups = self.max_groups.max(max_groups);
+        self.allocate()
+    }
+
+    /// Maps what is reserved, which costs memory only where it is written.
+    fn allocate(&mut self) -> Result<(), BackendError> {
+        self.quantised = Some(QuantisedBuffer::new(self.max_rows, self.max_features)?);
+        self.strips = Some(StripBuffer::new(self.max_rows, self.max_groups.max(1), self.max_features)?);
         Ok(())
     }
 
-    /// Quantises the first `num_rows` rows of an order for weights that are stored with `offset`.
-    pub(crate) fn quantise(
-        &mut self,
-        x: Rows<'_, bf16>,
-        order: Order<'_>,
+    /// Makes an operand for `weight` of the first `num_rows` rows of an order of `x`.
+    pub(crate) fn operand<'a>(
+        &'a mut self,
+        x: &'a Tensor,
+        order: Order<'a>,
         num_rows: usize,
-        offset: i32,
+        weight: &Matrix,
         isa: Isa,
         team: &mut Team,
-    ) -> QuantisedRows<'_> {
-        let Buffers { quads, starts, scales } =
-            self.buffers.as_mut().expect("room was reserved with the tensors");
-        let num_spans = num_rows * x.features().div_ceil(SPAN);
-        let (quads, starts) = (&mut quads[..num_spans], &mut starts[..num_spans]);
-        let scales = &mut scales[..num_spans];
-        let band_rows = team.band_rows(num_rows, x.features());
-        let tiles = (
-            (Grid::column_bands(quads, num_rows, band_rows), Grid::column_bands(starts, num_rows, band_rows)),
-            Grid::column_bands(scales, num_rows, band_rows),
-        );
-        team.for_each(tiles, |((quads, starts), scales)| {
-            isa.run(Quantise { x, order, offset, quads, starts, scales });
-        });
-        QuantisedRows { quads, starts, scales, num_rows }
-    }
-}
-
-/// Quantises the rows that are the columns of its tiles.
-struct Quantise<'a> {
-    x: Rows<'a, bf16>,
-    order: Order<'a>,
-    offset: i32,
-    quads: Tile<'a, SpanQuads>,
-    starts: Tile<'a, SpanStarts>,
-    scales: Tile<'a, f32>,
-}
-
-impl Kernel for Quantise<'_> {
-    #[inline(always)]
-    fn run<S: Simd>(mut self, _: S) {
-        for (index, row) in self.scales.cols().enumerate() {
-            for (span, x) in self.x.row(self.order.source(row)).chunks(SPAN).enumerate() {
-                let factor;
-                (self.scales.row(span)[index], factor) = scale_and_factor(largest_magnitude(x));
-                let quads = &mut self.quads.row(span)[index];
-                let starts = &mut self.starts.row(span)[index];
-                for ((x, quads), start) in x.chunks(GROUP).zip(quads).zip(starts) {
-                    let values = quantised(x, factor);
-                    *start = -self.offset * values.iter().map(|&value| i32::from(value)).sum::<i32>();
-                    *quads = bytemuck::cast(values);
-                }
+    ) -> Operand<'a> {
+        const RESERVED: &str = "room was reserved with the tensors";
+        match weight.packed() {
+            None => {
+                let strips = self.strips.as_mut().expect(RESERVED);
+                Operand::Bf16(strips.make(x.bf16(), order, num_rows, isa, team))
+            }
+            Some(packed) => {
+                let quantised = self.quantised.as_mut().expect(RESERVED);
+                Operand::Quantised(quantised.quantise(x.bf16(), order, num_rows, packed.offset(), isa, team))
             }
         }
     }
-}
-
-/// The largest magnitude; infinite or NaN if any value is. Magnitudes of bf16 are ordered like their bits.
-#[inline(always)]
-fn largest_magnitude(x: &[bf16]) -> f32 {
-    let bits = x.iter().map(|x| x.to_bits() & 0x7fff).fold(0, u16::max);
-    Element::to_f32(bf16::from_bits(bits))
-}
-
-/// `x · factor` rounded to the nearest integer, ties to even, padded with zeros.
-#[inline(always)]
-fn quantised(x: &[bf16], factor: f32) -> [i8; GROUP] {
-    let mut padded = [bf16::ZERO; GROUP];
-    padded[..x.len()].copy_from_slice(x);
-    padded.map(|x| nearest_i8(Element::to_f32(x) * factor))
 }

@@ -225,7 +225,7 @@ mod tests {
 
     use super::quantise::{Quantised, q4, q8};
     use super::*;
-    use crate::operand::{Order, Scratch};
+    use crate::operand::{Order, QuantisedBuffer};
     use crate::tensor::Tensor;
 
     const NUM_TOKENS: usize = 18;
@@ -281,9 +281,8 @@ mod tests {
         let values: Vec<f32> =
             (0..(NUM_TOKENS * len) as u64).map(|i| dummy_value(3, i, 0.0, 1.0).to_f32()).collect();
         x.upload(&values);
-        let mut scratch = Scratch::default();
-        scratch.reserve(NUM_TOKENS, len).unwrap();
-        let quantised = scratch.quantise(x.bf16(), Order::Given, NUM_TOKENS, packed.offset(), isa, &mut team);
+        let mut buffer = QuantisedBuffer::new(NUM_TOKENS, len).unwrap();
+        let quantised = buffer.quantise(x.bf16(), Order::Given, NUM_TOKENS, packed.offset(), isa, &mut team);
 
         for cols in [0..rows.len(), 0..rows.len().min(PANEL_ROWS), PANEL_ROWS..rows.len().max(PANEL_ROWS)] {
             for tokens in [0..1, 1..3, 2..5, 1..5, 3..8, 0..NUM_TOKENS] {
@@ -362,9 +361,8 @@ mod tests {
             let mut values = [1.0; 64];
             values[9] = bad;
             x.upload(&values);
-            let mut scratch = Scratch::default();
-            scratch.reserve(1, 64).unwrap();
-            let x = scratch.quantise(x.bf16(), Order::Given, 1, packed.offset(), Isa::detect(), &mut team);
+            let mut buffer = QuantisedBuffer::new(1, 64).unwrap();
+            let x = buffer.quantise(x.bf16(), Order::Given, 1, packed.offset(), Isa::detect(), &mut team);
             let mut sums = PanelSums::default();
             Isa::detect().run(Dot { packed: &packed, cols: 0..8, x, rows: 0..1, sums: &mut sums });
             let (.., sums) = sums.iter().next().expect("a token");

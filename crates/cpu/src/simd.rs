@@ -47,6 +47,18 @@ use half::{bf16, f16};
 pub(crate) use neon::Neon;
 pub(crate) use portable::Portable;
 
+/// Elements of a lane.
+pub(crate) const PAIR: usize = 2;
+/// Most elements of a step.
+pub(crate) const MAX_STEP: usize = 32;
+/// Rows of bf16 that lie side by side where many are multiplied with many.
+pub(crate) const STRIP_ROWS: usize = 16;
+
+/// The elements of a lane.
+pub(crate) type Pair = [bf16; PAIR];
+/// One lane of every row of a strip.
+pub(crate) type RowPairs = [Pair; STRIP_ROWS];
+
 /// Rows of weights whose integer dot products advance together.
 pub(crate) const QUAD_ROWS: usize = 16;
 /// Columns of a quad.
@@ -65,6 +77,8 @@ pub(crate) trait Simd: Copy {
     const STEP: usize;
     /// Weight rows of a tile of four tokens, as many as the registers hold accumulators for: 2 or 4.
     const TILE_ROWS: usize;
+    /// Weight rows of a tile of strips, 4 or 8, and registers of tokens, up to 4.
+    const STRIP_TILE: [usize; 2];
 
     /// The empty sum.
     fn zero(self) -> Self::Accumulator;
@@ -91,7 +105,38 @@ pub(crate) trait Simd: Copy {
     fn prefetch<T>(self, _: &T) {}
 
     /// Adds up the lanes.
-    fn sum(self, sum: Self::Accumulator) -> f32;
+    #[inline(always)]
+    fn sum(self, sum: Self::Accumulator) -> f32 {
+        let mut lanes = [0.0; MAX_STEP / PAIR];
+        let lanes = &mut lanes[..Self::STEP / PAIR];
+        self.store(sum, lanes);
+        sum_lanes(lanes)
+    }
+
+    /// Writes the lanes.
+    ///
+    /// # Panics
+    /// If `lanes` is not as long.
+    fn store(self, sum: Self::Accumulator, lanes: &mut [f32]);
+
+    /// `a + b`, lane by lane.
+    fn add_sums(self, a: Self::Accumulator, b: Self::Accumulator) -> Self::Accumulator;
+
+    /// The same pair of elements for every lane.
+    fn pairs(self, pair: Pair) -> Self::Elements;
+
+    /// Turns a step of rows, from element `start` on: pair `p` of row `r` goes to `out[p * stride][r]`.
+    ///
+    /// # Panics
+    /// If a row ends before the step does, or `out` before the last pair.
+    #[inline(always)]
+    fn turn(self, rows: &[&[bf16]; STRIP_ROWS], start: usize, out: &mut [RowPairs], stride: usize) {
+        for (r, row) in rows.iter().enumerate() {
+            for (p, pair) in row[start..start + Self::STEP].as_chunks().0.iter().enumerate() {
+                out[p * stride][r] = *pair;
+            }
+        }
+    }
 
     /// A quad of each row, ready to be multiplied.
     type Quads: Copy;
@@ -132,9 +177,9 @@ pub(crate) trait Simd: Copy {
 
 /// Sums lanes as a balanced tree: the upper half is added to the lower until one is left.
 #[inline(always)]
-pub(crate) fn sum_lanes<const LANES: usize>(mut lanes: [f32; LANES]) -> f32 {
-    const { assert!(LANES.is_power_of_two()) }
-    let mut width = LANES / 2;
+pub(crate) fn sum_lanes(lanes: &mut [f32]) -> f32 {
+    assert!(lanes.len().is_power_of_two());
+    let mut width = lanes.len() / 2;
     while width > 0 {
         for i in 0..width {
             lanes[i] += lanes[i + width];

@@ -159,6 +159,11 @@ pub(crate) struct Rows<'a, T> {
 }
 
 impl<'a, T> Rows<'a, T> {
+    /// Wraps rows of so many elements.
+    pub(crate) fn new(values: &'a [T], features: usize) -> Self {
+        Self { values, features }
+    }
+
     /// Elements of a row.
     pub(crate) fn features(&self) -> usize {
         self.features

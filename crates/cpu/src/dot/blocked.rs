@@ -1,5 +1,5 @@
-//! Many tokens: K is cut into blocks, and a block of the tokens is unpacked into the L1 cache once, where all
-//! weight rows stream past it. Between blocks accumulators wait in memory, unrounded.
+//! Several tokens: a span of K is cut into blocks, and a block of the tokens is unpacked into the L1 cache once, where
+//! all weight rows stream past it. Between blocks accumulators wait in memory, unrounded.
 //!
 //! ```text
 //!            k: block 0   block 1   ...
@@ -23,7 +23,7 @@ const BLOCK_STEPS: usize = 32;
 /// Elements of a cache line.
 const LINE: usize = 32;
 
-/// Multiplies tokens in tiles of `R` weight rows.
+/// Adds the products of a span, in tiles of `R` weight rows.
 #[inline(always)]
 pub(super) fn dot_rows<S: Simd, const R: usize>(
     simd: S,
@@ -59,7 +59,7 @@ pub(super) fn dot_rows<S: Simd, const R: usize>(
         start = k.end;
     }
     for (sums, accumulators) in sums.iter_mut().zip(&product.accumulators[..x.len()]) {
-        sums.iter_mut().zip(&accumulators[..w.len()]).for_each(|(sum, &pair)| *sum = simd.sum(pair));
+        sums.iter_mut().zip(&accumulators[..w.len()]).for_each(|(sum, &pair)| *sum += simd.sum(pair));
     }
 }
 

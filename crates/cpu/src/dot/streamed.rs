@@ -3,11 +3,11 @@
 
 use half::bf16;
 
-use super::MAX_ROWS;
 use super::tile::{cut, walk};
+use super::{MAX_ROWS, spans};
 use crate::simd::Simd;
 
-/// Multiplies exactly `T` tokens in tiles of `R` weight rows.
+/// Adds the products of exactly `T` tokens, in tiles of `R` weight rows.
 #[inline(always)]
 pub(super) fn dot_rows<S: Simd, const R: usize, const T: usize>(
     simd: S,
@@ -27,7 +27,7 @@ pub(super) fn dot_rows<S: Simd, const R: usize, const T: usize>(
     }
 }
 
-/// Multiplies `T` tokens with `R` weight rows, from `row` on.
+/// Adds the products of `T` tokens with `R` weight rows, from `row` on.
 #[inline(always)]
 fn dot_tile<S: Simd, const R: usize, const T: usize>(
     simd: S,
@@ -39,21 +39,23 @@ fn dot_tile<S: Simd, const R: usize, const T: usize>(
     simd.call(
         #[inline(always)]
         || {
-            let len = w[row].len();
-            let w = cut::<R>(&w[row..], 0..len);
-            let x = cut::<T>(x, 0..len);
-            let tile = walk(
-                simd,
-                w,
-                [[simd.zero(); R]; T],
-                #[inline(always)]
-                // SAFETY: `walk` asks for whole steps of `len` elements, and all rows of `x` have as many.
-                |step, t| unsafe { simd.load(x[t].as_ptr().add(step * S::STEP)) },
-                #[inline(always)]
-                |t| simd.load_partial(&x[t][len - len % S::STEP..]),
-            );
-            for (sums, tile) in sums.iter_mut().zip(&tile) {
-                sums[row..].iter_mut().zip(tile).for_each(|(sum, &pair)| *sum = simd.sum(pair));
+            for k in spans(w[row].len()) {
+                let rest = k.len() - k.len() % S::STEP;
+                let w = cut::<R>(&w[row..], k.clone());
+                let x = cut::<T>(x, k);
+                let tile = walk(
+                    simd,
+                    w,
+                    [[simd.zero(); R]; T],
+                    #[inline(always)]
+                    // SAFETY: `walk` asks for whole steps of a span, and all rows of `x` are cut to it.
+                    |step, t| unsafe { simd.load(x[t].as_ptr().add(step * S::STEP)) },
+                    #[inline(always)]
+                    |t| simd.load_partial(&x[t][rest..]),
+                );
+                for (sums, tile) in sums.iter_mut().zip(&tile) {
+                    sums[row..].iter_mut().zip(tile).for_each(|(sum, &pair)| *sum += simd.sum(pair));
+                }
             }
         },
     );

@@ -8,7 +8,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{QUAD_ROWS, QuadBytes, Simd, sum_lanes};
+use super::{Pair, QUAD_ROWS, QuadBytes, RowPairs, STRIP_ROWS, Simd};
 
 /// The proof that the machine has AVX2, FMA and F16C.
 #[derive(Clone, Copy)]
@@ -24,6 +24,16 @@ impl Avx2 {
         // ports with the multiplications, an `and` does not.
         Self { odd_mask: std::hint::black_box(_mm256_set1_epi32(0xffff_0000_u32.cast_signed())) }
     }
+
+    /// The even and the odd elements of pairs, widened.
+    #[inline(always)]
+    fn split(self, pairs: __m256i) -> [__m256; 2] {
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            let (even, odd) = (_mm256_slli_epi32::<16>(pairs), _mm256_and_si256(pairs, self.odd_mask));
+            [_mm256_castsi256_ps(even), _mm256_castsi256_ps(odd)]
+        }
+    }
 }
 
 impl Simd for Avx2 {
@@ -32,6 +42,7 @@ impl Simd for Avx2 {
     type Accumulator = __m256;
     const STEP: usize = 16;
     const TILE_ROWS: usize = 2;
+    const STRIP_TILE: [usize; 2] = [4, 2];
 
     #[inline(always)]
     fn zero(self) -> __m256 {
@@ -42,12 +53,7 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn load(self, elements: *const bf16) -> [__m256; 2] {
         // SAFETY: `self` proves AVX2, and the caller promises 16 readable elements, 32 bytes.
-        unsafe {
-            let pairs = _mm256_loadu_si256(elements.cast());
-            let even = _mm256_slli_epi32::<16>(pairs);
-            let odd = _mm256_and_si256(pairs, self.odd_mask);
-            [_mm256_castsi256_ps(even), _mm256_castsi256_ps(odd)]
-        }
+        self.split(unsafe { _mm256_loadu_si256(elements.cast()) })
     }
 
     #[inline(always)]
@@ -82,11 +88,40 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn sum(self, sum: __m256) -> f32 {
-        let mut lanes = [0.0; 8];
+    fn store(self, sum: __m256, lanes: &mut [f32]) {
+        assert_eq!(lanes.len(), 8);
         // SAFETY: `self` proves AVX, and `lanes` has the 32 bytes that are written.
         unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), sum) };
-        sum_lanes(lanes)
+    }
+
+    #[inline(always)]
+    fn add_sums(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: `self` proves AVX.
+        unsafe { _mm256_add_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn pairs(self, pair: Pair) -> [__m256; 2] {
+        // SAFETY: `self` proves AVX2.
+        self.split(unsafe { _mm256_set1_epi32(bytemuck::cast(pair)) })
+    }
+
+    #[inline(always)]
+    fn turn(self, rows: &[&[bf16]; STRIP_ROWS], start: usize, out: &mut [RowPairs], stride: usize) {
+        // Loops, as `map` of an array is a function of its own, without the instruction set.
+        for first in [0, 8] {
+            // SAFETY: `self` proves AVX2.
+            let mut steps = [unsafe { _mm256_setzero_si256() }; 8];
+            for (step, row) in steps.iter_mut().zip(&rows[first..]) {
+                // SAFETY: as above, and the row is cut to the 32 bytes that are read.
+                *step = unsafe { _mm256_loadu_si256(row[start..][..Self::STEP].as_ptr().cast()) };
+            }
+            for (pair, rows) in transposed(steps).iter().enumerate() {
+                let out = &mut out[pair * stride][first..first + 8];
+                // SAFETY: as above, and the slice has the 32 bytes that are written.
+                unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), *rows) };
+            }
+        }
     }
 
     type Quads = [SignedBytes; 2];
@@ -190,4 +225,30 @@ impl Avx2 {
             [_mm256_loadu_si256(stored), _mm256_loadu_si256(stored.add(1))]
         }
     }
+}
+
+/// The transpose of an 8 × 8 matrix of 32-bit elements: neighbouring rows, then pairs of them, then fours swap their
+/// halves.
+#[inline(always)]
+fn transposed(rows: [__m256i; 8]) -> [__m256i; 8] {
+    let mut out = rows;
+    // SAFETY: only values of this instruction set are rearranged, so the machine has AVX2.
+    unsafe {
+        // `fours[4 i + j]` has in its 128-bit half `h` column `4 h + j` of rows `4 i ..`.
+        let mut fours = rows;
+        for i in [0, 4] {
+            let (a, b) = ((rows[i], rows[i + 1]), (rows[i + 2], rows[i + 3]));
+            let (low_a, low_b) = (_mm256_unpacklo_epi32(a.0, a.1), _mm256_unpacklo_epi32(b.0, b.1));
+            let (high_a, high_b) = (_mm256_unpackhi_epi32(a.0, a.1), _mm256_unpackhi_epi32(b.0, b.1));
+            fours[i] = _mm256_unpacklo_epi64(low_a, low_b);
+            fours[i + 1] = _mm256_unpackhi_epi64(low_a, low_b);
+            fours[i + 2] = _mm256_unpacklo_epi64(high_a, high_b);
+            fours[i + 3] = _mm256_unpackhi_epi64(high_a, high_b);
+        }
+        for j in 0..4 {
+            out[j] = _mm256_permute2x128_si256::<0x20>(fours[j], fours[j + 4]);
+            out[j + 4] = _mm256_permute2x128_si256::<0x31>(fours[j], fours[j + 4]);
+        }
+    }
+    out
 }

@@ -1,27 +1,37 @@
-//! NEON, which every AArch64 machine has: bf16 pairs are split into two vectors of f32, as with AVX2.
+//! NEON, which every AArch64 machine has: bf16 pairs are split into two vectors of f32, as with AVX2. Most machines
+//! also have `sdot`, which multiplies 16 pairs of bytes and adds four products to each of four lanes.
 
 use std::arch::aarch64::*;
+use std::arch::asm;
 
 use half::{bf16, f16};
 
-use super::{QUAD_ROWS, QuadBytes, Simd, sum_lanes};
+use super::{Pair, QUAD_ROWS, QuadBytes, Simd};
 
-/// The proof that the machine has NEON, part of the architecture's baseline.
+/// The proof that the machine has NEON, part of the architecture's baseline, and `sdot` if `DOTPROD`.
 #[derive(Clone, Copy)]
-pub(crate) struct Neon(());
+pub(crate) struct Neon<const DOTPROD: bool>(());
 
-impl Neon {
+impl Neon<false> {
     pub(crate) fn new() -> Self {
         Self(())
     }
 }
 
-impl Simd for Neon {
+impl Neon<true> {
+    #[target_feature(enable = "dotprod")]
+    pub(crate) fn new() -> Self {
+        Self(())
+    }
+}
+
+impl<const DOTPROD: bool> Simd for Neon<DOTPROD> {
     /// Even and odd elements.
     type Elements = [float32x4_t; 2];
     type Accumulator = float32x4_t;
     const STEP: usize = 8;
     const TILE_ROWS: usize = 4;
+    const STRIP_TILE: [usize; 2] = [4, 4];
 
     #[inline(always)]
     fn zero(self) -> float32x4_t {
@@ -60,11 +70,22 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn sum(self, sum: float32x4_t) -> f32 {
-        let mut lanes = [0.0; 4];
+    fn store(self, sum: float32x4_t, lanes: &mut [f32]) {
+        assert_eq!(lanes.len(), 4);
         // SAFETY: as in `zero`, and `lanes` has the 16 bytes that are written.
         unsafe { vst1q_f32(lanes.as_mut_ptr(), sum) };
-        sum_lanes(lanes)
+    }
+
+    #[inline(always)]
+    fn add_sums(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        // SAFETY: as in `zero`.
+        unsafe { vaddq_f32(a, b) }
+    }
+
+    #[inline(always)]
+    fn pairs(self, pair: Pair) -> [float32x4_t; 2] {
+        // SAFETY: as in `zero`.
+        pair.map(|element| unsafe { vdupq_n_f32(element.to_f32()) })
     }
 
     /// Four rows each.
@@ -103,18 +124,15 @@ impl Simd for Neon {
         unsafe { [vdupq_n_s32(x); 4] }
     }
 
-    /// Products of magnitudes below 128 are added in pairs in 16 bits, where two of them fit, then in 32.
     #[inline(always)]
     fn dot_quads(self, sum: [int32x4_t; 4], w: [int8x16_t; 4], x: i32) -> [int32x4_t; 4] {
         // SAFETY: as in `zero`.
-        unsafe {
-            let x = vreinterpretq_s8_s32(vdupq_n_s32(x));
-            std::array::from_fn(|part| {
-                let low = vmull_s8(vget_low_s8(w[part]), vget_low_s8(x));
-                let high = vmull_high_s8(w[part], x);
-                vpadalq_s16(sum[part], vpaddq_s16(low, high))
-            })
-        }
+        let x = unsafe { vreinterpretq_s8_s32(vdupq_n_s32(x)) };
+        std::array::from_fn(|part| match DOTPROD {
+            // SAFETY: `self` proves `sdot`.
+            true => unsafe { sdot(sum[part], w[part], x) },
+            false => add_products(sum[part], w[part], x),
+        })
     }
 
     #[inline(always)]
@@ -145,5 +163,37 @@ impl Simd for Neon {
                 vst1q_f32(out.as_mut_ptr(), sum);
             }
         }
+    }
+}
+
+/// Adds four products of bytes to each lane.
+///
+/// # Safety
+/// The machine must have `sdot`.
+#[inline(always)]
+unsafe fn sdot(mut sum: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
+    // SAFETY: the caller promises the instruction, which reads and writes registers alone. Its intrinsic is not stable.
+    unsafe {
+        asm!(
+            ".arch_extension dotprod",
+            "sdot {sum:v}.4s, {w:v}.16b, {x:v}.16b",
+            sum = inout(vreg) sum,
+            w = in(vreg) w,
+            x = in(vreg) x,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    sum
+}
+
+/// The same without `sdot`: products of magnitudes below 128 are added in pairs in 16 bits, where two of them fit, then
+/// in 32.
+#[inline(always)]
+fn add_products(sum: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
+    // SAFETY: NEON is part of the architecture's baseline.
+    unsafe {
+        let low = vmull_s8(vget_low_s8(w), vget_low_s8(x));
+        let high = vmull_high_s8(w, x);
+        vpadalq_s16(sum, vpaddq_s16(low, high))
     }
 }

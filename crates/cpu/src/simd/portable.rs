@@ -3,7 +3,7 @@
 
 use half::{bf16, f16};
 
-use super::{QUAD, QUAD_ROWS, QuadBytes, Simd, sum_lanes};
+use super::{PAIR, Pair, QUAD, QUAD_ROWS, QuadBytes, Simd};
 
 /// 16 lanes of two elements each, as in a 512-bit register.
 const LANES: usize = 16;
@@ -17,6 +17,7 @@ impl Simd for Portable {
     type Accumulator = [f32; LANES];
     const STEP: usize = 2 * LANES;
     const TILE_ROWS: usize = 4;
+    const STRIP_TILE: [usize; 2] = [4, 1];
 
     #[inline(always)]
     fn zero(self) -> [f32; LANES] {
@@ -52,8 +53,18 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn sum(self, sum: [f32; LANES]) -> f32 {
-        sum_lanes(sum)
+    fn store(self, sum: [f32; LANES], lanes: &mut [f32]) {
+        lanes.copy_from_slice(&sum);
+    }
+
+    #[inline(always)]
+    fn add_sums(self, a: [f32; LANES], b: [f32; LANES]) -> [f32; LANES] {
+        std::array::from_fn(|lane| a[lane] + b[lane])
+    }
+
+    #[inline(always)]
+    fn pairs(self, pair: Pair) -> [u32; LANES] {
+        pair_up(std::array::from_fn(|i| pair[i % PAIR]))
     }
 
     type Quads = [[i8; QUAD]; QUAD_ROWS];

@@ -1,0 +1,150 @@
+//! The softmax of a few query heads over values that are seen a chunk at a time.
+
+use half::bf16;
+
+use crate::dot::{MAX_TOKENS, Sums};
+use crate::kv::MAX_HEAD_DIM;
+use crate::numbers::{Element, exp};
+
+/// Query heads that are computed together.
+pub(super) const HEADS: usize = MAX_TOKENS;
+/// Features of the accumulators that are kept in registers while the values of a chunk stream past.
+const LANES: usize = 16;
+
+/// The running softmax of up to [`HEADS`] query heads, and the values that it weighs.
+pub(super) struct Softmax {
+    /// Largest score so far.
+    max: [f32; HEADS],
+    /// Sum of the weights `exp(score - max)`.
+    sum: [f32; HEADS],
+    /// Weighted sum of the values.
+    values: [[f32; MAX_HEAD_DIM]; HEADS],
+}
+
+impl Softmax {
+    /// The softmax of nothing.
+    #[inline(always)]
+    pub(super) fn new() -> Self {
+        Self { max: [f32::NEG_INFINITY; HEADS], sum: [0.0; HEADS], values: [[0.0; MAX_HEAD_DIM]; HEADS] }
+    }
+
+    /// Numbers of a head in memory.
+    pub(super) const fn width(head_dim: usize) -> usize {
+        2 + head_dim
+    }
+
+    /// Reads what [`Softmax::store`] wrote of so many heads.
+    #[inline(always)]
+    pub(super) fn load(numbers: &[f32], num_heads: usize, head_dim: usize) -> Self {
+        let mut running = Self::new();
+        for (head, numbers) in numbers.chunks_exact(Self::width(head_dim)).take(num_heads).enumerate() {
+            [running.max[head], running.sum[head]] = [numbers[0], numbers[1]];
+            running.values[head][..head_dim].copy_from_slice(&numbers[2..]);
+        }
+        running
+    }
+
+    /// Writes as many heads as there is room for.
+    #[inline(always)]
+    pub(super) fn store(&self, numbers: &mut [f32], head_dim: usize) {
+        for (head, numbers) in numbers.chunks_exact_mut(Self::width(head_dim)).enumerate() {
+            [numbers[0], numbers[1]] = [self.max[head], self.sum[head]];
+            numbers[2..].copy_from_slice(&self.values[head][..head_dim]);
+        }
+    }
+
+    /// Takes in the split that follows.
+    #[inline(always)]
+    pub(super) fn merge(&mut self, next: &Self, num_heads: usize, head_dim: usize) {
+        for head in 0..num_heads {
+            let max = if next.max[head] > self.max[head] { next.max[head] } else { self.max[head] };
+            let scales = [exp(self.max[head] - max), exp(next.max[head] - max)];
+            self.max[head] = max;
+            self.sum[head] = self.sum[head] * scales[0] + next.sum[head] * scales[1];
+            let values = self.values[head][..head_dim].iter_mut().zip(&next.values[head]);
+            values.for_each(|(x, next)| *x = *x * scales[0] + next * scales[1]);
+        }
+    }
+
+    /// Writes the result of as many heads as there is room for.
+    #[inline(always)]
+    pub(super) fn finish(&self, out: &mut [bf16], head_dim: usize) {
+        for (head, out) in out.chunks_exact_mut(head_dim).enumerate() {
+            let values = self.values[head].iter();
+            out.iter_mut().zip(values).for_each(|(out, x)| *out = Element::from_f32(x / self.sum[head]));
+        }
+    }
+
+    /// Turns a chunk's scores into weights and scales what came before to the new maximum.
+    #[inline(always)]
+    pub(super) fn take_weights(&mut self, head: usize, scores: &mut [f32], head_dim: usize) {
+        let max = scores.iter().fold(self.max[head], |max, &score| if score > max { score } else { max });
+        let scale = exp(self.max[head] - max);
+        scores.iter_mut().for_each(|score| *score = exp(*score - max));
+        self.max[head] = max;
+        self.sum[head] = self.sum[head] * scale + scores.iter().sum::<f32>();
+        self.values[head][..head_dim].iter_mut().for_each(|x| *x *= scale);
+    }
+
+    /// Adds a chunk's weighted values to the first heads.
+    #[inline(always)]
+    pub(super) fn add_values(
+        &mut self,
+        num_heads: usize,
+        weights: &Sums,
+        values: &[&[bf16]],
+        head_dim: usize,
+    ) {
+        let mut head = 0;
+        while num_heads - head >= 4 {
+            self.add_values_of::<4>(head, weights, values, head_dim);
+            head += 4;
+        }
+        (head..num_heads).for_each(|head| self.add_values_of::<1>(head, weights, values, head_dim));
+    }
+
+    /// Adds a chunk's weighted values to `H` heads, from `head` on.
+    #[inline(always)]
+    fn add_values_of<const H: usize>(
+        &mut self,
+        head: usize,
+        weights: &Sums,
+        values: &[&[bf16]],
+        head_dim: usize,
+    ) {
+        let whole = head_dim - head_dim % LANES;
+        for first in (0..whole).step_by(LANES) {
+            self.add_features::<H, LANES>(head, weights, values, first);
+        }
+        for feature in whole..head_dim {
+            self.add_features::<H, 1>(head, weights, values, feature);
+        }
+    }
+
+    /// Adds `N` features of a chunk's weighted values to `H` heads, by ascending position.
+    #[inline(always)]
+    fn add_features<const H: usize, const N: usize>(
+        &mut self,
+        head: usize,
+        weights: &Sums,
+        values: &[&[bf16]],
+        first: usize,
+    ) {
+        let mut sums = [[0.0; N]; H];
+        for (sums, values) in sums.iter_mut().zip(&self.values[head..]) {
+            sums.copy_from_slice(&values[first..first + N]);
+        }
+        for (position, value) in values.iter().enumerate() {
+            let value: &[bf16] = &value[first..first + N];
+            for h in 0..H {
+                let weight = weights[head + h][position];
+                for i in 0..N {
+                    sums[h][i] += weight * Element::to_f32(value[i]);
+                }
+            }
+        }
+        for (sums, values) in sums.iter().zip(&mut self.values[head..]) {
+            values[first..first + N].copy_from_slice(sums);
+        }
+    }
+}
