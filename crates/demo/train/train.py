@@ -1,6 +1,6 @@
 """One command from nothing to the demo model: tokenizer, training, export, evaluation, scores.
 
-    python train.py --minutes 105 --seed 0
+    python train.py --minutes 110 --seed 0
 
 The learning rate follows the clock, so a run ends on time on any machine and its result depends on
 the machine's speed; the data, the tokenizer and the initial weights depend on the seed alone.
@@ -209,7 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=105, help="to train, without evaluation")
+    parser.add_argument("--minutes", type=float, default=110, help="to train, without evaluation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("/tmp/windrose-demo"), help="checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
