@@ -387,13 +387,14 @@ fn attention_cases() -> Vec<AttentionCase> {
         AttentionCase::new([4, 2], 64, Some(5), 4),
         AttentionCase::new([2, 1], 12, Some(1), 3),
         AttentionCase { len: 1300, ..AttentionCase::new([4, 1], 12, None, 32) },
-        AttentionCase { len: 1300, ..AttentionCase::new([2, 2], 8, Some(700), 32) },
+        AttentionCase { len: 1300, ..AttentionCase::new([2, 2], 16, Some(700), 32) },
     ]
 }
 
 fn check_attention<B: Backend>(backend: &mut B, quantisation: f32) {
     for case in attention_cases() {
-        for lens in [&[1, 17, 4, 33][..], &[case.len]] {
+        // A long context averages values to small results, and the errors of what is quantised shrink less.
+        for (lens, quantisation) in [(&[1, 17, 4, 33][..], quantisation), (&[case.len], 5.0 * quantisation)] {
             let batch = fresh_batch(lens, case.block_size, 8);
             let qkv = Values(6).take(batch.num_tokens() * case.shape.qkv_features());
             let steps = [(batch, qkv)];

@@ -434,7 +434,7 @@ mod tests {
                 // SwiGLU multiplies errors of its gate by large values of its other half.
                 for (weights, products, kv_cache, attention) in [
                     (WeightFormat::Bf16, 0.0, KvFormat::Bf16, 0.0),
-                    (WeightFormat::Q8, 0.2, KvFormat::Q8, 0.1),
+                    (WeightFormat::Q8, 0.2, KvFormat::Q8, 0.02),
                     (WeightFormat::Q4, 1.5, KvFormat::Bf16, 0.0),
                 ] {
                     println!("{} on {num_threads} threads, {} weights", isa.name(), weights.name());

@@ -123,10 +123,17 @@ pub(crate) fn dot_strips<S: Simd>(
             x,
             start: k.start,
             next_lines: next.into_iter().flatten().flat_map(|row| row.iter().step_by(LINE)),
-            lines_per_pair: 0,
+            lines_per_pair: lines_per_pair::<S>(rows.len(), sums.len()),
         };
         product.add_to(sums, part * STRIP_ROWS);
     }
+}
+
+/// Cache lines of a span of [`STRIP_ROWS`] rows per pair that is walked, over all tiles of a product.
+fn lines_per_pair<S: Simd>(num_rows: usize, num_tokens: usize) -> usize {
+    let (lanes, [tile_rows, tile_vectors]) = (S::STEP / PAIR, S::STRIP_TILE);
+    let num_tiles = num_rows.div_ceil(tile_rows) * num_tokens.div_ceil(tile_vectors * lanes);
+    (STRIP_ROWS * SPAN / LINE).div_ceil(num_tiles * lanes)
 }
 
 /// The product of a span of up to [`STRIP_ROWS`] weight rows with all tokens.
@@ -153,8 +160,6 @@ impl<'a, S: Simd, L: Iterator<Item = &'a bf16>> Product<'a, S, L> {
     #[inline(always)]
     fn add_to(&mut self, sums: &mut [[f32; MAX_ROWS]], first_row: usize) {
         let [tile_rows, tile_vectors] = S::STRIP_TILE;
-        let num_tiles = self.num_rows.div_ceil(tile_rows) * sums.len().div_ceil(tile_vectors * Self::LANES);
-        self.lines_per_pair = (STRIP_ROWS * SPAN / LINE).div_ceil(num_tiles * Self::LANES);
         for row in (0..self.num_rows).step_by(tile_rows) {
             let mut token = 0;
             while token < sums.len() {
