@@ -32,23 +32,23 @@ LENGTH_SKEW = 4  # short passkey prompts are more frequent than long ones
 SHORTEST_FILLER, LONGEST_FILLER = 4, 150  # sentences in a passkey prompt, about nine tokens each
 
 # Documents per skill, relative: at first, and once the easy skills need only to be kept.
-LATE_FROM = 0.7
+LATE_FROM = 0.5
 MIXTURES = {
-    "arithmetic": (8, 8),
-    "sums_dialogue": (10, 6),
-    "running_sums": (6, 3),
+    "arithmetic": (8, 4),
+    "sums_dialogue": (10, 3),
+    "running_sums": (6, 1.5),
     "facts": (6, 4),
-    "strings": (22, 25),
+    "strings": (30, 50),
     "extract_json": (10, 7),
     "python": (4, 2.5),
     "story": (2.5, 2),
     "translate": (6, 5),
     "greeting": (1, 0.7),
-    "memory": (13, 12),
+    "memory": (13, 13),
     "unknown": (3, 2),
     "running_text": (3, 3),
-    "tools": (16, 22),
-    "passkey": (3, 6),
+    "tools": (18, 28),
+    "passkey": (4, 7),
     "dialogue": (5, 4),  # several short skills in a row
 }
 SHORT_SKILLS = [

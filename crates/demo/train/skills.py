@@ -17,6 +17,9 @@ import tables
 
 Content = TypeVarTuple("Content")
 REFUSAL = "I don't know."
+# Kinds of list task, as scored and as trained: sorting needs the most practice.
+LISTS_SCORED = ["copy", "reverse", "upper", "sort", "sort"]
+LISTS_TRAINED = ["copy", "reverse", "upper", "upper", "sort", "sort", "sort", "sort"]
 HELD_OUT_SHARE = 10  # one draw in this many is kept for the evaluation
 
 
@@ -117,7 +120,7 @@ def facts(d: Draw) -> Example:
 
 def strings(d: Draw) -> Example:
     """Copies, reverses, capitalises or sorts a short list; names and cities are not sorted."""
-    task = d.choice(["copy", "reverse", "upper", "sort", "sort"])
+    task = d.choice(LISTS_SCORED if d.held_out else LISTS_TRAINED)
     numeric = task == "sort" and d.random() < 0.4
 
     def make() -> tuple[str, ...]:

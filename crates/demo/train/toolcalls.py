@@ -48,6 +48,12 @@ TOOLS = {
 }
 
 
+def draw_tool(d: Draw) -> str:
+    """Any tool; in training more often the calculator, the hardest to copy from."""
+    names = list(TOOLS)
+    return d.choice(names if d.held_out else [*names, "calculate", "calculate"])
+
+
 @dataclass(frozen=True)
 class Use:
     """One use of a tool: the question, the arguments, a result and the answer made of it."""
@@ -114,7 +120,7 @@ def draw_id(d: Draw) -> str:
 
 def tool_call(d: Draw) -> Example:
     """Tools are offered: call the right one, answer without, or refuse if none fits."""
-    wanted = d.choice(list(TOOLS))
+    wanted = draw_tool(d)
     use = draw_use(d, wanted)
     others = d.sample([name for name in TOOLS if name != wanted], d.choice([0, 0, 0, 1, 1, 2]))
     kind = d.choices(["call", "plain", "missing"], [0.8, 0.12, 0.08])[0]
@@ -134,7 +140,7 @@ def tool_call(d: Draw) -> Example:
 
 def tool_answer(d: Draw) -> Example:
     """The tool has answered: say it in a sentence."""
-    wanted = d.choice(list(TOOLS))
+    wanted = draw_tool(d)
     use = draw_use(d, wanted)
     others = d.sample([name for name in TOOLS if name != wanted], d.choice([0, 0, 0, 1]))
     call: dict = {"type": "function", "function": {"name": use.name, "arguments": use.arguments}}
