@@ -2,6 +2,7 @@
 
     prefill, decode, long context    windrose bench    llama-batched-bench of both peers
     over HTTP                        windrose serve    llama-server, both under windrose bench serve
+    what a format costs in answers   windrose serve with the demo model (exact_answers.py)
 
 Machines wander, so only what ran side by side is compared: a round runs every contender once for
 each column, the next starts with another one, and ratios are taken within a round. All are confined
@@ -13,7 +14,7 @@ first round drops who stays below NEAR of the best of its engine. At the long co
 starts in the packing that decoded faster, with flash attention and without.
 
 It deliberately does not build or download anything, tune a peer beyond its switches, look at what
-anybody answers (the evaluations do), or judge absolute figures, which belong to the machine.
+peers answer, or judge absolute figures, which belong to the machine.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from socket import create_server
 
+import exact_answers
 from race_results import (
     DECODE,
     DOT,
@@ -150,6 +152,11 @@ class Race:
             for job in self.jobs:
                 self.measure_all(job, round_index)
             self.serve_all(round_index)
+        for weights in RIVALS:
+            with self.noting(f"{WINDROSE} {weights}", "answers of the demo model"):
+                with self.serving(*self.our_server(weights)) as url:
+                    counts = exact_answers.in_all(exact_answers.count(url))
+                self.results.exact_answers[weights] = counts
 
     def quantise_all(self) -> None:
         """Makes what peers read and nobody has made yet."""
@@ -247,30 +254,40 @@ class Race:
         for model in self.models:
             loads = [load for load in LOADS if load.model == model]
             for server in self.rotated(servers, round_index):
-                with self.noting(f"{server} over HTTP", model), self.serving(server, model) as url:
+                started = self.server_of(server, model)
+                with self.noting(f"{server} over HTTP", model), self.serving(*started) as url:
                     for load in loads:
                         figures = self.measure_server(server, url, load, round_index)
                         self.results.note(round_index, server, figures)
 
-    @contextmanager
-    def serving(self, server: Contender, model: str) -> Iterator[str]:
-        """The URL of a server that answers, and is ended afterwards."""
-        port, num_seqs = free_port(), max(load.streams for load in LOADS)
-        threads = self.options.threads
+    def server_of(self, server: Contender, model: str) -> tuple[int, tuple[object, ...]]:
+        """A free port, and the command that serves a model there to as many as any load has."""
+        num_seqs = max(load.streams for load in LOADS)
         if server.engine == WINDROSE:
-            command = (
-                *(self.options.windrose, "serve", "--threads", threads, "--port", port),
-                *("--model", self.models[model], "--weights", server.weights),
+            return self.our_server(
+                server.weights,
+                *("--model", self.models[model]),
                 *("--max-num-seqs", num_seqs, "--max-model-len", SERVER_CONTEXT),
-                *("--drain-grace-s", 0, "--log", "warn"),
             )
-        else:
-            command = (
-                *(self.options.llama / "llama-server", "-t", threads, "-tb", threads),
-                *("--host", "127.0.0.1", "--port", port, "--no-webui"),
-                *("-m", self.gguf(model, server.weights), *NO_MMAP[LLAMA], "-fa", "on"),
-                *("-np", num_seqs, "-c", num_seqs * SERVER_CONTEXT, "--cache-ram", 0),
-            )
+        port, threads = free_port(), self.options.threads
+        return port, (
+            *(self.options.llama / "llama-server", "-t", threads, "-tb", threads),
+            *("--host", "127.0.0.1", "--port", port, "--no-webui"),
+            *("-m", self.gguf(model, server.weights), *NO_MMAP[LLAMA], "-fa", "on"),
+            *("-np", num_seqs, "-c", num_seqs * SERVER_CONTEXT, "--cache-ram", 0),
+        )
+
+    def our_server(self, weights: str, *flags: object) -> tuple[int, tuple[object, ...]]:
+        """The same of ours; without further flags it serves the demo model."""
+        port = free_port()
+        return port, (
+            *(self.options.windrose, "serve", "--threads", self.options.threads, "--port", port),
+            *("--weights", weights, "--drain-grace-s", 0, "--log", "warn", *flags),
+        )
+
+    @contextmanager
+    def serving(self, port: int, command: tuple[object, ...]) -> Iterator[str]:
+        """The URL of a server that answers, and is ended afterwards."""
         log = self.scratch / "server.log"
         with log.open("w") as sink:
             process = start(command, stdout=sink, stderr=sink, cwd=self.scratch)
@@ -352,7 +369,7 @@ class Race:
         print(f"{time.strftime('%H:%M:%S')} {who}: {what}", file=sys.stderr, flush=True)
         try:
             yield
-        except (RaceError, LookupError, ValueError) as error:
+        except (RaceError, OSError, LookupError, ValueError) as error:
             self.results.failures[who, what] = str(error)
             print(f"{'':8} failed: {error}", file=sys.stderr, flush=True)
 

@@ -140,6 +140,8 @@ class Results:
     def __init__(self) -> None:
         self.records: list[Record] = []
         self.failures: dict[tuple[str, str], str] = {}
+        # Right answers of the demo model, and prompts, by format of ours.
+        self.exact_answers: dict[str, tuple[int, int]] = {}
 
     def note(self, round_index: int, contender: Contender, figures: dict[str, float]) -> None:
         self.records += [Record(round_index, contender, *figure) for figure in figures.items()]
@@ -200,6 +202,7 @@ class Results:
             ),
             "Over HTTP, prompts of about 64 tokens as each server counts them:",
             table(["", *map(str, SERVERS)], (self.row(m, SERVERS, [m]) for m in metrics)),
+            "Held-out prompts that the demo model answers exactly: " + self.answers() + ".",
         ]
         failures = [f"- {who}, {what}: {why}" for (who, what), why in self.failures.items()]
         return "\n\n".join(blocks + (["Failed:", "\n".join(failures)] if failures else []))
@@ -211,6 +214,11 @@ class Results:
             for column in (READ, DOT)
         }
         return ", ".join(f"{summary(of)} {column}" for column, of in values.items())
+
+    def answers(self) -> str:
+        """What each format of ours costs in answers."""
+        counts = self.exact_answers.items()
+        return ", ".join(f"{weights} {right} of {total}" for weights, (right, total) in counts)
 
     def row(self, name: str, contenders: Iterable[Contender], columns: list[str]) -> list[str]:
         figures = (self.rounds(one, column).values() for one in contenders for column in columns)
@@ -235,7 +243,8 @@ class Results:
             ratios, over = self.ratios(goal)
             goals.append(asdict(goal) | {"over": over, "ratios": ratios})
         records = [asdict(one) | {"contender": str(one.contender)} for one in self.records]
-        return {"goals": goals, "records": records, "failures": failures}
+        answers = self.exact_answers
+        return {"goals": goals, "records": records, "answers": answers, "failures": failures}
 
 
 def summary(values: list[float]) -> str:

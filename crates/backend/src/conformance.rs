@@ -216,7 +216,7 @@ fn check_embed_and_gather<B: Backend>(backend: &mut B) {
 }
 
 fn embed_and_gather<B: Backend>(backend: &mut B, batch: &Batch, table: &WeightView) -> [Vec<f32>; 2] {
-    let matrix = backend.matrix(std::slice::from_ref(table), MatrixUse::Exact).unwrap();
+    let matrix = backend.matrix(std::slice::from_ref(table), MatrixUse::Lookup).unwrap();
     let mut embedded = backend.tensor(batch.num_tokens(), table.cols, DType::F32).unwrap();
     let mut gathered = backend.tensor(batch.logits_indices.len(), table.cols, DType::F32).unwrap();
     run_step(backend, batch, |backend| {

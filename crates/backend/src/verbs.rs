@@ -81,7 +81,9 @@ impl AttentionShape {
 /// What a matrix is for, which decides in which format a backend may keep it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MatrixUse {
-    /// Its rows are looked up, or it decides to which experts a token goes: kept in bf16, whatever the format.
+    /// Its rows are looked up, one part only: kept in bf16, whatever the format.
+    Lookup,
+    /// It decides to which experts a token goes: kept in bf16, whatever the format.
     Exact,
     /// Activations are multiplied with it: kept in the format that the backend was told to use.
     Product,
@@ -181,7 +183,7 @@ pub trait Backend: Send + 'static {
         forward(self, shape);
     }
 
-    /// `out[t] = table[token_ids[t]]`, f32; `table` was made for [`MatrixUse::Exact`].
+    /// `out[t] = table[token_ids[t]]`, f32; `table` was made for [`MatrixUse::Lookup`].
     fn embed(&mut self, table: &Self::Matrix, out: &mut Self::Tensor);
 
     /// `x += y`, both f32.

@@ -1,7 +1,7 @@
-//! One layer of Mixtral 8x7B's width: how close decoding comes to the memory's read bandwidth, which is
-//! measured in the same run on the same bytes, and how many operations prefill does per second.
+//! One layer of Mixtral 8x7B's width: how close decoding comes to the memory's read bandwidth, which is measured in the
+//! same run on memory of the same kind, and how many operations prefill does per second.
 //!
-//! `cargo bench -p windrose-cpu [-- ISA... FORMAT...]`. Weights and tokens are random and the tokens of a step differ,
+//! `cargo bench -p windrose-cpu [-- ISA... FORMAT... decode|prefill]`. Weights and tokens are random and the tokens of a step differ,
 //! so that they are routed as a real batch would be. A busy machine moves both sides of a ratio: trust ratios,
 //! and of prefill the operations per second of processor time.
 
@@ -12,7 +12,7 @@ use backend::{
     WeightType, WeightView, sampling::mix64,
 };
 use bytes::Bytes;
-use cpu::{Cpu, CpuOptions, Isa, WeightFormat};
+use cpu::{Cpu, CpuOptions, Isa, MemoryProbe, WeightFormat};
 
 const HIDDEN: usize = 4096;
 const FFN: usize = 14336;
@@ -25,6 +25,8 @@ const MAX_TOKENS: usize = 512;
 /// Tokens that a decoding sequence already has in the cache.
 const CONTEXT: usize = 200;
 const REPETITIONS: usize = 7;
+/// Bytes read to measure the memory.
+const READ_BYTES: usize = 1 << 30;
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -33,11 +35,14 @@ fn main() {
         return;
     }
     let weights = random_weights();
+    let memory = MemoryProbe::new(READ_BYTES).unwrap();
     let wanted = |isa: &Isa| arguments.iter().any(|argument| argument == isa.name());
     let mut isas: Vec<Isa> = Isa::ALL.into_iter().filter(wanted).collect();
     if isas.is_empty() {
         isas.push(Isa::detect());
     }
+    let asked = |what: &str| arguments.iter().any(|argument| argument == what);
+    let (decode, prefill) = (!asked("prefill") || asked("decode"), !asked("decode") || asked("prefill"));
     let named = |format: &WeightFormat| arguments.iter().any(|argument| argument == format.name());
     let formats =
         WeightFormat::ALL.into_iter().filter(|format| named(format) || !WeightFormat::ALL.iter().any(named));
@@ -55,10 +60,12 @@ fn main() {
         for options in options {
             let mut layer = Layer::new(options, &weights);
             println!("{}", layer.cpu.describe());
-            for num_tokens in [1, 2, 8, 16, 32] {
-                layer.measure_decode(num_tokens, &weights);
+            for num_tokens in [1, 2, 8, 16, 32].into_iter().filter(|_| decode) {
+                layer.measure_decode(num_tokens, &memory);
             }
-            layer.measure_prefill(MAX_TOKENS);
+            if prefill {
+                layer.measure_prefill(MAX_TOKENS);
+            }
         }
     }
 }
@@ -171,7 +178,7 @@ impl Layer {
         products * self.bits / 8.0 + (2 * ROUTE.num_experts * HIDDEN) as f64
     }
 
-    fn measure_decode(&mut self, num_tokens: usize, weights: &Bytes) {
+    fn measure_decode(&mut self, num_tokens: usize, memory: &MemoryProbe) {
         let mut batch = Batch::new();
         let blocks_per_sequence = CONTEXT / BLOCK_SIZE + 1;
         for seq_index in 0..num_tokens {
@@ -181,7 +188,7 @@ impl Layer {
         }
         let (mut seconds, mut bandwidths, mut shares) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..REPETITIONS {
-            let bandwidth = self.cpu.read_bandwidth(&weights[..1 << 30]);
+            let bandwidth = self.cpu.read_bandwidth(memory);
             let step = self.step(&batch);
             shares.push(self.weight_bytes() / step / bandwidth);
             bandwidths.push(bandwidth);

@@ -14,6 +14,7 @@
 //! normalizer calculation for softmax (arXiv 1805.02867), the splits Flash-Decoding (Dao et al., 2023).
 
 mod heads;
+mod scores;
 mod softmax;
 mod splits;
 
@@ -22,19 +23,19 @@ use std::ops::Range;
 use backend::Batch;
 use half::bf16;
 
-use crate::dot::{MAX_ROWS, MAX_TOKENS, Sums, TokenRows, dot_rows};
 use crate::grid::Tile;
 use crate::isa::Kernel;
 use crate::kv::{KvCache, KvStorage};
 use crate::simd::Simd;
 use crate::tensor::Rows;
 use heads::{CachedHead, Q8Head};
+use scores::{Queries, Scores, score};
 use softmax::{HEADS, Softmax};
 pub(crate) use splits::Splits;
 use splits::{part, split_range, visible};
 
 /// Positions per chunk.
-const CHUNK: usize = MAX_ROWS;
+const CHUNK: usize = 32;
 
 /// What attention reads.
 #[derive(Clone, Copy)]
@@ -154,7 +155,7 @@ impl<S: Simd> OverKvHead for WholeContexts<'_, S> {
             let context = Context::new(&self.inputs, row, heads);
             let queries = self.inputs.queries(row, kv_head).chunks(HEADS * head_dim);
             for (queries, out) in queries.zip(self.out.row(row).chunks_mut(HEADS * head_dim)) {
-                let queries = TokenRows::new(queries.chunks_exact(head_dim));
+                let queries = Queries::new(queries.chunks_exact(head_dim));
                 let mut merged = Softmax::new();
                 for split in 0..split_range(&context.visible).len() {
                     let partial = attend(self.simd, &context, split, &queries, &mut scratch);
@@ -182,7 +183,7 @@ impl<S: Simd> OverKvHead for OneSplit<'_, '_, S> {
         let queries = self.inputs.queries(self.row, kv_head).chunks(HEADS * head_dim);
         let mut scratch = H::scratch();
         for (queries, partial) in queries.zip(self.partial.chunks_mut(HEADS * Softmax::width(head_dim))) {
-            let queries = TokenRows::new(queries.chunks_exact(head_dim));
+            let queries = Queries::new(queries.chunks_exact(head_dim));
             attend(self.simd, &context, self.split, &queries, &mut scratch).store(partial, head_dim);
         }
     }
@@ -237,18 +238,18 @@ fn attend<S: Simd, H: CachedHead>(
     simd: S,
     context: &Context<'_, H>,
     split: usize,
-    queries: &TokenRows<'_>,
+    queries: &Queries<'_>,
     scratch: &mut H::Scratch,
 ) -> Softmax {
     let head_dim = context.head_dim;
     let scale = 1.0 / (head_dim as f32).sqrt();
     let num_heads = queries.len();
-    let mut scores: Sums = [[0.0; MAX_ROWS]; MAX_TOKENS];
+    let mut scores: Scores = [[0.0; CHUNK]; HEADS];
     let mut softmax = Softmax::new();
     for positions in context.chunks(split) {
         let slots = context.slots(positions.clone());
         let keys = context.keys.rows(slots.clone(), head_dim, scratch);
-        dot_rows(simd, &keys, queries, &mut scores);
+        score(simd, &keys, queries, &mut scores);
         for (head, weights) in scores[..num_heads].iter_mut().enumerate() {
             let weights = &mut weights[..positions.len()];
             context.keys.scale(slots.clone(), weights);

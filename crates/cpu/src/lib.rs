@@ -1,10 +1,9 @@
-//! The CPU backend: bf16 weights read where they lie or quantised ones packed for the kernels, SIMD chosen at run
-//! time, and one thread team that runs each verb as a list of independent tasks.
+//! The CPU backend: weights in bf16 or quantised, packed for the kernels, SIMD chosen at run time, and one thread team
+//! that runs each verb as a list of independent tasks.
 //!
 //! ```text
-//! Cpu (the verbs) ──► Team: tasks ──► Isa::run: a Kernel compiled per instruction set ──► Matrix::dot
-//!                      each owns a tile of the result (grid)             linear, experts    dot: bf16 rows
-//!                                                                                           packed: q8, q4
+//! Cpu (the verbs) ──► Team: tasks ──► Isa::run: a Kernel compiled per instruction set ──► packed: Panels × operand
+//!                      each owns a tile of the result (grid)             linear, experts
 //! ```
 //!
 //! Two decisions shape everything. A task owns a rectangle of its verb's result, so tasks share nothing and
@@ -15,7 +14,6 @@
 //! This crate knows nothing of models and files, and it does not pin threads.
 
 mod attention;
-mod dot;
 mod elementwise;
 mod experts;
 mod grid;
@@ -44,6 +42,7 @@ use half::bf16;
 
 pub use crate::isa::Isa;
 pub use crate::kv::{KvCache, KvFormat};
+pub use crate::limits::MemoryProbe;
 pub use crate::matrix::{Experts, Matrix, WeightFormat};
 pub use crate::packed::{ImageError, ImageKey, PackedMatrix};
 pub use crate::tensor::Tensor;
@@ -54,12 +53,14 @@ use crate::experts::{Down, GateUp};
 use crate::grid::{Grid, Tiles};
 use crate::kv::{KvStorage, RopeStoreKv};
 use crate::linear::Linear;
-use crate::matrix::CALL_TOKENS;
 use crate::numbers::Element;
 use crate::operand::{Order, Scratch};
 use crate::packed::{PANEL_ROWS, Packer};
 use crate::team::Team;
 use crate::tensor::{Rows, Values};
+
+/// Rows from which on several panels share them in a task.
+const MANY_ROWS: usize = 32;
 
 /// How to run.
 #[derive(Debug, Clone, Copy, Default)]
@@ -128,8 +129,8 @@ impl Cpu {
     /// # Panics
     /// If the weights are kept in bf16.
     pub fn use_image(&mut self, image: Bytes, key: ImageKey) -> Result<(), ImageError> {
-        let format = self.weights.packed().expect("bf16 weights are mapped as they are");
-        self.packer.use_image(image, format, key, &mut self.team)
+        assert!(self.weights.is_quantised(), "bf16 weights are packed at every start");
+        self.packer.use_image(image, self.weights, key, &mut self.team)
     }
 
     /// Hands out every matrix that is quantised from now on, for [`write_image`].
@@ -137,15 +138,14 @@ impl Cpu {
         self.packer.record()
     }
 
-    /// Output columns of a task that multiplies so many rows, so that every thread gets several tasks: of a quantised
-    /// matrix one panel, or several that share the rows if these are many; otherwise a multiple of the dot tile's rows.
+    /// Output columns of a task that multiplies so many rows, so that every thread gets several tasks: one panel, or
+    /// several that share the rows if these are many.
     fn band_cols(&self, weight: &Matrix, num_rows: usize) -> usize {
-        let cols = weight.rows() / (4 * self.team.num_threads());
-        match weight.packed() {
-            Some(_) if num_rows < CALL_TOKENS / 4 => PANEL_ROWS,
-            Some(_) => cols.next_multiple_of(PANEL_ROWS).clamp(PANEL_ROWS, 4 * PANEL_ROWS),
-            None => cols.next_multiple_of(dot::MAX_TILE).clamp(dot::MAX_TILE, dot::MAX_ROWS),
+        if num_rows < MANY_ROWS {
+            return PANEL_ROWS;
         }
+        let cols = weight.rows() / (4 * self.team.num_threads());
+        cols.next_multiple_of(PANEL_ROWS).clamp(PANEL_ROWS, 4 * PANEL_ROWS)
     }
 
     /// Rows of a band, so that every thread gets several, but each band is worth waking a thread for.
@@ -168,7 +168,8 @@ pub fn write_image(
     key: ImageKey,
     matrices: impl IntoIterator<Item = PackedMatrix>,
 ) -> io::Result<()> {
-    packed::write_image(out, format.packed().expect("bf16 weights are mapped as they are"), key, matrices)
+    assert!(format.is_quantised(), "bf16 weights are packed at every start");
+    packed::write_image(out, format, key, matrices)
 }
 
 /// Computes a linear layer into `rows` rows of `out`.
@@ -179,7 +180,7 @@ fn linear<E: Element>(cpu: &mut Cpu, x: &Tensor, weight: &Matrix, out: &mut [E])
     }
     let band_cols = cpu.band_cols(weight, rows);
     let Cpu { isa, ref mut team, ref mut scratch, .. } = *cpu;
-    let x = scratch.operand(x, Order::Given, rows, weight, isa, team);
+    let x = scratch.operand(x, Order::Given, rows, weight.panels(), isa, team);
     team.for_each(Grid::column_bands(out, weight.rows(), band_cols), |out| {
         isa.run(Linear { x, weight, out });
     });
@@ -212,11 +213,13 @@ impl Backend for Cpu {
     }
 
     fn matrix(&mut self, parts: &[WeightView], purpose: MatrixUse) -> Result<Matrix, BackendError> {
-        let format = match purpose {
-            MatrixUse::Exact => WeightFormat::Bf16,
-            MatrixUse::Product => self.weights,
+        let format = match (purpose, parts) {
+            (MatrixUse::Lookup, [table]) => return Matrix::table(table, &mut self.team),
+            (MatrixUse::Lookup, _) => panic!("a table to look rows up in has one part"),
+            (MatrixUse::Exact, _) => WeightFormat::Bf16,
+            (MatrixUse::Product, _) => self.weights,
         };
-        Matrix::new(parts, format, &mut self.packer, self.isa, &mut self.team)
+        Matrix::packed(parts, format, &mut self.packer, self.isa, &mut self.team)
     }
 
     fn experts(&mut self, view: &ExpertsView) -> Result<Experts, BackendError> {
@@ -237,7 +240,6 @@ impl Backend for Cpu {
     }
 
     fn routing(&mut self, max_tokens: usize, shape: RouteShape) -> Result<Routing, BackendError> {
-        self.scratch.reserve_groups(shape.num_experts)?;
         let logits = Tensor::new(max_tokens, shape.num_experts, DType::F32)?;
         let routing = backend::Routing::with_capacity(max_tokens, shape.num_experts, shape.top_k);
         Ok(Routing { logits, routing })
@@ -374,7 +376,7 @@ impl Backend for Cpu {
         let (gate, routing, features) = (&experts.gate[0], &routing.routing, act.features());
         let band_cols = self.band_cols(gate, routing.mean_rows());
         let Self { isa, ref mut team, ref mut scratch, .. } = *self;
-        let x = scratch.operand(x, Order::Gathered(routing), routing.num_rows(), gate, isa, team);
+        let x = scratch.operand(x, Order::Gathered(routing), routing.num_rows(), gate.panels(), isa, team);
         let grid = Grid::column_bands(act.bf16_mut(routing.num_rows()), features, band_cols);
         team.for_each(grid, |act| isa.run(GateUp { x, experts, routing, act }));
     }
@@ -383,7 +385,7 @@ impl Backend for Cpu {
         let (down, routing, features) = (&experts.down[0], &routing.routing, out.features());
         let band_cols = self.band_cols(down, routing.mean_rows());
         let Self { isa, ref mut team, ref mut scratch, .. } = *self;
-        let act = scratch.operand(act, Order::Grouped(routing), routing.num_rows(), down, isa, team);
+        let act = scratch.operand(act, Order::Given, routing.num_rows(), down.panels(), isa, team);
         let grid = Grid::column_bands(out.f32_mut(routing.num_tokens()), features, band_cols);
         team.for_each(grid, |out| isa.run(Down { act, experts, routing, out }));
     }

@@ -5,10 +5,12 @@ use std::hint::black_box;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use backend::BackendError;
 use half::bf16;
 
 use crate::isa::Kernel;
-use crate::simd::{QUAD, QUAD_ROWS, Simd};
+use crate::simd::{LANE_ROWS, MAX_STEP, QUAD, Simd};
+use crate::tensor::Buffer;
 use crate::{Cpu, WeightFormat};
 
 /// Bytes that one task reads, the order of what a task of a matrix product reads.
@@ -20,14 +22,27 @@ const READ_CHAINS: usize = 4;
 const DOT_STEPS: usize = 1 << 14;
 /// Tasks for each thread, so that one that the system slows down takes fewer.
 const DOT_TASKS_PER_THREAD: usize = 64;
-/// Most elements of a [`Simd::dot`], for any instruction set.
-const MAX_STEP: usize = 32;
+
+/// Memory to be read, of the kind in which weights are kept: large pages where the system has them.
+pub struct MemoryProbe(Buffer<u8>);
+
+impl MemoryProbe {
+    /// Fills so many bytes; only many more than the caches hold measure the memory.
+    ///
+    /// # Errors
+    /// [`BackendError::OutOfMemory`] if there is no room.
+    pub fn new(num_bytes: usize) -> Result<Self, BackendError> {
+        let mut data = Buffer::zeroed("memory to be read", num_bytes)?;
+        data.prefer_huge_pages();
+        // Zeros might be one page of the system's, mapped many times.
+        data.fill(0x5a);
+        Ok(Self(data))
+    }
+}
 
 impl Cpu {
-    /// Reads `data` once with all threads of the team; bytes per second.
-    ///
-    /// Only data much larger than the caches, and not all zeros, measures the memory.
-    pub fn read_bandwidth(&mut self, data: &[u8]) -> f64 {
+    /// Reads memory once with all threads of the team; bytes per second.
+    pub fn read_bandwidth(&mut self, MemoryProbe(data): &MemoryProbe) -> f64 {
         let isa = self.isa;
         let start = Instant::now();
         self.team.run(data.len().div_ceil(TASK_BYTES), |task| {
@@ -112,10 +127,10 @@ fn walk<S: Simd, const CHAINS: usize>(simd: S) -> usize {
     2 * S::STEP * CHAINS * DOT_STEPS
 }
 
-/// As [`walk`], with quads of bytes for [`QUAD_ROWS`] rows.
+/// As [`walk`], with quads of bytes for [`LANE_ROWS`] rows.
 #[inline(always)]
 fn walk_quads<S: Simd, const CHAINS: usize>(simd: S) -> usize {
-    let (w, x) = (simd.bytes(&black_box([129; QUAD_ROWS * QUAD])), black_box(0x0101_0101));
+    let (w, x) = (simd.bytes(&black_box([129; LANE_ROWS * QUAD])), black_box(0x0101_0101));
     let mut sums: [S::Ints; CHAINS] = std::array::from_fn(|chain| simd.ints(chain as i32));
     for _ in 0..DOT_STEPS {
         for sum in &mut sums {
@@ -123,7 +138,7 @@ fn walk_quads<S: Simd, const CHAINS: usize>(simd: S) -> usize {
         }
     }
     black_box(sums);
-    2 * QUAD_ROWS * QUAD * CHAINS * DOT_STEPS
+    2 * LANE_ROWS * QUAD * CHAINS * DOT_STEPS
 }
 
 #[cfg(test)]
@@ -140,7 +155,7 @@ mod tests {
             assert!((1e8..2e13).contains(&per_s), "{per_s} operations per second on one thread, {weights:?}");
         }
         let mut cpu = Cpu::new(options(WeightFormat::Bf16));
-        let bytes_per_s = cpu.read_bandwidth(&vec![7; 1 << 24]);
+        let bytes_per_s = cpu.read_bandwidth(&MemoryProbe::new(1 << 24).unwrap());
         assert!((1e7..5e12).contains(&bytes_per_s), "{bytes_per_s} bytes per second on one thread");
     }
 }

@@ -1,9 +1,8 @@
-//! Weight matrices `[out, in]`: bf16 rows that stay where they are whenever they can, or quantised panels.
+//! Weight matrices `[out, in]`: [`Packed`] for products, or a table of bf16 rows to be looked up.
 //!
-//! A stored bf16 view is kept as the bytes it came in, usually a file mapping, so loading a model copies
-//! nothing and the page cache is its only copy. Views of other types, and dummy weights, are converted once
-//! into memory of our own. Stacked parts stay apart; only row numbers are stacked. Quantised matrices are always
-//! in memory of our own, see [`Packed`].
+//! A table whose view is stored in bf16 is kept as the bytes it came in, usually a file mapping, so loading it copies
+//! nothing and the page cache is its only copy. Views of other types, and dummy weights, are converted once into memory
+//! of our own.
 
 use std::ops::Range;
 
@@ -11,44 +10,40 @@ use backend::{BackendError, ExpertsView, WeightData, WeightType, WeightView};
 use bytes::Bytes;
 use half::bf16;
 
-use crate::dot::{MAX_ROWS, MAX_TOKENS, TokenRows, WeightRows, dot_rows, dot_strips};
 use crate::grid::Grid;
 use crate::isa::Isa;
 use crate::numbers::Element;
-use crate::operand::{FEW_ROWS, Operand};
-use crate::packed::{Packed, PackedFormat, Packer};
-use crate::simd::{RowPairs, Simd};
+use crate::operand::Operand;
+use crate::packed::{PANEL_ROWS, Packed, Packer};
+use crate::simd::Simd;
 use crate::team::Team;
 use crate::tensor::Buffer;
 
-/// Most activation rows of one [`Matrix::dot`], whole strips: a span of so many quantised rows fits the L1 cache beside
-/// the weights, one of so many bf16 rows half of an L2 cache.
-pub(crate) const CALL_TOKENS: usize = 128;
+/// Most activation rows of one [`Matrix::dot`]: a span of so many, and their sums, fit an L2 cache.
+pub(crate) const CALL_TOKENS: usize = 512;
 
-/// The sums of one [`Matrix::dot`]: for each panel of [`MAX_ROWS`] weight rows, one row per token.
+/// The sums of one [`Matrix::dot`]: for each panel of [`PANEL_ROWS`] weight rows, one row per token.
 #[derive(Default)]
 pub(crate) struct PanelSums {
-    sums: Vec<[f32; MAX_ROWS]>,
+    sums: Vec<[f32; PANEL_ROWS]>,
     num_tokens: usize,
-    /// Weights on their way.
-    scratch: Vec<RowPairs>,
 }
 
 impl PanelSums {
     /// Zeros for a product.
     #[inline(always)]
-    pub(crate) fn reset(&mut self, num_weight_rows: usize, num_tokens: usize) -> &mut [[f32; MAX_ROWS]] {
+    pub(crate) fn reset(&mut self, num_weight_rows: usize, num_tokens: usize) -> &mut [[f32; PANEL_ROWS]] {
         self.num_tokens = num_tokens;
         self.sums.clear();
-        self.sums.resize(num_weight_rows.div_ceil(MAX_ROWS) * num_tokens, [0.0; MAX_ROWS]);
+        self.sums.resize(num_weight_rows.div_ceil(PANEL_ROWS) * num_tokens, [0.0; PANEL_ROWS]);
         &mut self.sums
     }
 
     /// The sums with the token and the first weight row of each, counted from the product's first.
     #[inline(always)]
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (usize, usize, &[f32; MAX_ROWS])> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (usize, usize, &[f32; PANEL_ROWS])> {
         self.sums.chunks(self.num_tokens.max(1)).enumerate().flat_map(|(panel, sums)| {
-            sums.iter().enumerate().map(move |(token, sums)| (token, panel * MAX_ROWS, sums))
+            sums.iter().enumerate().map(move |(token, sums)| (token, panel * PANEL_ROWS, sums))
         })
     }
 }
@@ -56,16 +51,16 @@ impl PanelSums {
 /// In which format the weights of products are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum WeightFormat {
-    /// 16 bits, where they lie if they are stored so.
+    /// 16 bits.
     #[default]
-    Bf16,
+    Bf16 = 16,
     /// 8.5 bits, quantised when loaded.
-    Q8,
+    Q8 = 8,
     /// 4.5 bits, quantised when loaded.
-    Q4,
+    Q4 = 4,
 }
 
-/// A matrix `[out, in]` of one or more parts stacked along their rows.
+/// A matrix `[out, in]`, of one or more parts stacked along their rows.
 pub struct Matrix {
     rows: usize,
     cols: usize,
@@ -73,13 +68,8 @@ pub struct Matrix {
 }
 
 enum Storage {
-    Bf16(Vec<Part>),
+    Table(Elements),
     Packed(Packed),
-}
-
-struct Part {
-    rows: Range<usize>,
-    elements: Elements,
 }
 
 enum Elements {
@@ -108,13 +98,9 @@ impl WeightFormat {
         }
     }
 
-    /// The packed format; `None` for bf16.
-    pub(crate) fn packed(self) -> Option<PackedFormat> {
-        match self {
-            Self::Bf16 => None,
-            Self::Q8 => Some(PackedFormat::Q8),
-            Self::Q4 => Some(PackedFormat::Q4),
-        }
+    /// Whether weights are rounded to fewer bits than they usually have.
+    pub(crate) fn is_quantised(self) -> bool {
+        self != Self::Bf16
     }
 
     /// Bits of a weight, its share of a scale included.
@@ -128,14 +114,26 @@ impl WeightFormat {
 }
 
 impl Matrix {
-    /// Makes a matrix of views of one width.
+    /// Makes a table to look rows up in.
     ///
     /// # Errors
-    /// [`BackendError::OutOfMemory`] if a view must be converted and there is no room for it.
+    /// [`BackendError::OutOfMemory`] if the view must be converted and there is no room for it.
+    ///
+    /// # Panics
+    /// If the data is not as long as its shape says; the loader checks it.
+    pub(crate) fn table(view: &WeightView, team: &mut Team) -> Result<Self, BackendError> {
+        let storage = Storage::Table(Elements::new(view, team)?);
+        Ok(Self { rows: view.rows, cols: view.cols, storage })
+    }
+
+    /// Makes a matrix to multiply with of views of one width.
+    ///
+    /// # Errors
+    /// [`BackendError::OutOfMemory`] if there is no room for it.
     ///
     /// # Panics
     /// If the views differ in width or their data is not as long as their shape says; the loader checks both.
-    pub(crate) fn new(
+    pub(crate) fn packed(
         views: &[WeightView],
         format: WeightFormat,
         packer: &mut Packer,
@@ -144,10 +142,7 @@ impl Matrix {
     ) -> Result<Self, BackendError> {
         let cols = views[0].cols;
         assert!(views.iter().all(|view| view.cols == cols), "stacked matrices have one width");
-        let storage = match format.packed() {
-            None => Storage::Bf16(Part::stack(views, team)?),
-            Some(format) => Storage::Packed(packer.pack(format, views, isa, team)?),
-        };
+        let storage = Storage::Packed(packer.pack(format, views, isa, team)?);
         Ok(Self { rows: views.iter().map(|view| view.rows).sum(), cols, storage })
     }
 
@@ -161,28 +156,27 @@ impl Matrix {
         self.rows
     }
 
-    /// The quantised form, if it has one.
-    pub(crate) fn packed(&self) -> Option<&Packed> {
-        match &self.storage {
-            Storage::Bf16(_) => None,
-            Storage::Packed(packed) => Some(packed),
-        }
-    }
-
     /// One row.
     ///
     /// # Panics
-    /// If the matrix is quantised.
+    /// If the matrix is not a table.
     #[inline(always)]
     pub(crate) fn row(&self, row: usize) -> &[bf16] {
-        match &self.storage {
-            Storage::Bf16(parts) => bf16_row(parts, self.cols, row),
-            Storage::Packed(_) => panic!("a quantised matrix has no bf16 rows"),
-        }
+        let Storage::Table(elements) = &self.storage else { panic!("only a table's rows are looked up") };
+        &elements.as_slice()[row * self.cols..][..self.cols]
     }
 
-    /// Computes `weight[c] · x[r]` for all `cols` and `rows`: of bf16 matrices up to [`MAX_ROWS`] columns, of quantised
-    /// ones whole panels.
+    /// What is multiplied.
+    ///
+    /// # Panics
+    /// If the matrix is a table.
+    #[inline(always)]
+    pub(crate) fn panels(&self) -> &Packed {
+        let Storage::Packed(packed) = &self.storage else { panic!("a table is not multiplied") };
+        packed
+    }
+
+    /// Computes `weight[c] · x[r]` for all `rows` and whole panels of `cols`, of which the last may be cut short.
     ///
     /// # Panics
     /// If the operand is not in the form that the matrix multiplies.
@@ -195,42 +189,7 @@ impl Matrix {
         rows: Range<usize>,
         sums: &mut PanelSums,
     ) {
-        match (&self.storage, x) {
-            (Storage::Bf16(parts), Operand::Bf16(x)) => {
-                let weights = WeightRows::new(cols.map(|col| bf16_row(parts, self.cols, col)));
-                sums.reset(weights.len(), rows.len());
-                let PanelSums { sums, scratch, .. } = sums;
-                if rows.len() > FEW_ROWS {
-                    dot_strips(simd, &weights, x.strips(rows.start), scratch, sums);
-                } else {
-                    for (first, sums) in rows.step_by(MAX_TOKENS).zip(sums.chunks_mut(MAX_TOKENS)) {
-                        let tokens = TokenRows::new((first..first + sums.len()).map(|row| x.row(row)));
-                        dot_rows(simd, &weights, &tokens, sums);
-                    }
-                }
-            }
-            (Storage::Packed(packed), Operand::Quantised(x)) => packed.dot(simd, cols, x, rows, sums),
-            _ => panic!("an operand has the form that its matrix multiplies"),
-        }
-    }
-}
-
-#[inline(always)]
-fn bf16_row(parts: &[Part], cols: usize, row: usize) -> &[bf16] {
-    let part = parts.iter().find(|part| row < part.rows.end).expect("a row of the matrix");
-    let start = (row - part.rows.start) * cols;
-    &part.elements.as_slice()[start..start + cols]
-}
-
-impl Part {
-    fn stack(views: &[WeightView], team: &mut Team) -> Result<Vec<Self>, BackendError> {
-        let mut first_row = 0;
-        let part = |view: &WeightView| {
-            let rows = first_row..first_row + view.rows;
-            first_row = rows.end;
-            Ok(Self { rows, elements: Elements::new(view, team)? })
-        };
-        views.iter().map(part).collect()
+        self.panels().dot(simd, cols, x, rows, sums);
     }
 }
 
@@ -238,7 +197,7 @@ impl Experts {
     /// Makes the experts of one layer.
     ///
     /// # Errors
-    /// As [`Matrix::new`].
+    /// As [`Matrix::packed`].
     pub(crate) fn new(
         view: &ExpertsView,
         format: WeightFormat,
@@ -249,7 +208,7 @@ impl Experts {
         let mut matrices = |views: &[WeightView]| -> Result<Vec<Matrix>, BackendError> {
             views
                 .iter()
-                .map(|view| Matrix::new(std::slice::from_ref(view), format, packer, isa, team))
+                .map(|view| Matrix::packed(std::slice::from_ref(view), format, packer, isa, team))
                 .collect()
         };
         Ok(Self { gate: matrices(&view.gate)?, up: matrices(&view.up)?, down: matrices(&view.down)? })
@@ -283,7 +242,7 @@ impl Elements {
 
 /// Rounds a view into memory of our own, on all threads.
 fn convert(view: &WeightView, team: &mut Team) -> Result<Buffer<bf16>, BackendError> {
-    let mut buffer = Buffer::<bf16>::zeroed("a weight matrix", view.len())?;
+    let mut buffer = Buffer::<bf16>::zeroed("a table of weights", view.len())?;
     let rows_per_task = (1 << 16) / view.cols.max(1) + 1;
     team.for_each(Grid::row_bands(&mut buffer, view.cols, rows_per_task), |mut band| {
         let mut decoded = vec![0.0; view.cols];
@@ -312,14 +271,10 @@ mod tests {
 
     #[track_caller]
     fn check(view: &WeightView, mapped: bool) {
-        let mut team = Team::new(2);
-        let (format, mut packer) = (WeightFormat::Bf16, Packer::default());
-        let views = std::slice::from_ref(view);
-        let matrix = Matrix::new(views, format, &mut packer, Isa::Portable, &mut team).unwrap();
-        let got: Vec<bf16> = (0..matrix.rows()).flat_map(|row| matrix.row(row)).copied().collect();
+        let table = Matrix::table(view, &mut Team::new(2)).unwrap();
+        let got: Vec<bf16> = (0..table.rows()).flat_map(|row| table.row(row)).copied().collect();
         assert_eq!(got, view.to_bf16());
-        let Storage::Bf16(parts) = &matrix.storage else { panic!("bf16 is stored as bf16") };
-        assert_eq!(matches!(parts[0].elements, Elements::Mapped(_)), mapped);
+        assert_eq!(matches!(table.storage, Storage::Table(Elements::Mapped(_))), mapped);
     }
 
     #[test]

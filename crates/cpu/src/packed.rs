@@ -1,8 +1,8 @@
-//! Quantised weights `[out, in]`: groups of 32 columns share a scale, and 32 rows are interleaved so that a step of
-//! the kernels reads 64 neighbouring bytes and a panel of rows is one stream from memory.
+//! Weights of products `[out, in]`, packed for the kernels: 32 rows are interleaved so that a step reads 64 neighbouring
+//! bytes and a panel of rows is one stream from memory. Quantised ones have a scale per row and 32 columns.
 //!
 //! ```text
-//!               32 columns: a group, one scale per row
+//!               32 columns: a group
 //!              ┌────────┬────────┬─────                panel 0: block 0, block 1, ...   one stream
 //!  32 rows:    │block 0 │block 1 │ ...                 panel 1: block 0, block 1, ...
 //!  a panel     └────────┴────────┴─────
@@ -10,11 +10,13 @@
 //!
 //! | format | a weight is | bits with its scale |
 //! |---|---|---|
+//! | bf16 | itself | 16 |
 //! | q8 | `scale · (stored - 128)`, -127..=127 | 8.5 |
 //! | q4 | `scale · (stored - 8)`, -8..=7 | 4.5 |
 //!
 //! A product is specified to the bit, see [`Panels::dot`], and so is quantisation: both are the same on every
-//! instruction set, and so are the [`image`]s that spare the next start the work.
+//! instruction set (but for subnormal bf16, see [`simd`](crate::simd)), and so are the [`image`]s that spare the next
+//! start the quantisation. bf16 is packed at every start, which takes no longer than reading it.
 
 mod block;
 mod dot;
@@ -30,37 +32,31 @@ use bytes::Bytes;
 
 use crate::grid::{Grid, Tile};
 use crate::isa::{Isa, Kernel};
-use crate::matrix::PanelSums;
-use crate::operand::QuantisedRows;
-use crate::simd::{QUAD_ROWS, Simd};
+use crate::matrix::{PanelSums, WeightFormat};
+use crate::operand::Operand;
+use crate::simd::{LANE_ROWS, Simd};
 use crate::team::Team;
 use crate::tensor::Buffer;
-use block::{Block, Q4Block, Q8Block};
+use block::{Bf16Block, Block, Q4Block, Q8Block, QuantisedBlock};
 use image::Image;
 pub(crate) use image::write as write_image;
 pub use image::{ImageError, ImageKey, PackedMatrix};
 
-/// Columns that share a scale.
+/// Columns of a block, which share a scale if they are quantised.
 pub(crate) const GROUP: usize = 32;
 /// Rows that are interleaved.
-pub(crate) const PANEL_ROWS: usize = 2 * QUAD_ROWS;
+pub(crate) const PANEL_ROWS: usize = 2 * LANE_ROWS;
 
-/// The formats of a quantised matrix.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum PackedFormat {
-    Q8 = 8,
-    Q4 = 4,
-}
-
-/// Makes quantised matrices, or takes them from an image of an earlier load.
+/// Makes packed matrices, or takes quantised ones from an image of an earlier load.
 #[derive(Default)]
 pub(crate) struct Packer {
     image: Option<Image>,
     recorder: Option<Sender<PackedMatrix>>,
 }
 
-/// A quantised matrix.
+/// A packed matrix.
 pub(crate) enum Packed {
+    Bf16(Panels<Bf16Block>),
     Q8(Panels<Q8Block>),
     Q4(Panels<Q4Block>),
 }
@@ -81,7 +77,7 @@ impl Packer {
     pub(crate) fn use_image(
         &mut self,
         bytes: Bytes,
-        format: PackedFormat,
+        format: WeightFormat,
         key: ImageKey,
         team: &mut Team,
     ) -> Result<(), ImageError> {
@@ -102,21 +98,23 @@ impl Packer {
     /// [`BackendError::OutOfMemory`] if there is no room.
     pub(crate) fn pack(
         &mut self,
-        format: PackedFormat,
+        format: WeightFormat,
         views: &[WeightView],
         isa: Isa,
         team: &mut Team,
     ) -> Result<Packed, BackendError> {
         let (rows, cols) = (views.iter().map(|view| view.rows).sum(), views[0].cols);
-        let known = self.image.as_mut().and_then(|image| image.next(rows, cols));
+        let image = self.image.as_mut().filter(|_| format.is_quantised());
+        let known = image.and_then(|image| image.next(rows, cols));
         if let Some(packed) = known.and_then(|blocks| Packed::from_blocks(format, rows, cols, blocks)) {
             return Ok(packed);
         }
         let blocks = match format {
-            PackedFormat::Q8 => pack_views::<Q8Block>(views, isa, team),
-            PackedFormat::Q4 => pack_views::<Q4Block>(views, isa, team),
+            WeightFormat::Bf16 => pack_views::<Bf16Block>(views, isa, team),
+            WeightFormat::Q8 => pack_views::<Q8Block>(views, isa, team),
+            WeightFormat::Q4 => pack_views::<Q4Block>(views, isa, team),
         }?;
-        if let Some(recorder) = &self.recorder {
+        if let Some(recorder) = self.recorder.as_ref().filter(|_| format.is_quantised()) {
             // Nobody listens any more: then nobody wants it.
             let _ = recorder.send(PackedMatrix { rows, cols, blocks: blocks.clone() });
         }
@@ -126,37 +124,44 @@ impl Packer {
 
 impl Packed {
     /// Wraps the blocks of a matrix; `None` if they are not as many as its shape has.
-    fn from_blocks(format: PackedFormat, rows: usize, cols: usize, blocks: Bytes) -> Option<Self> {
+    fn from_blocks(format: WeightFormat, rows: usize, cols: usize, blocks: Bytes) -> Option<Self> {
         match format {
-            PackedFormat::Q8 => Panels::from_blocks(rows, cols, blocks).map(Self::Q8),
-            PackedFormat::Q4 => Panels::from_blocks(rows, cols, blocks).map(Self::Q4),
+            WeightFormat::Bf16 => Panels::from_blocks(rows, cols, blocks).map(Self::Bf16),
+            WeightFormat::Q8 => Panels::from_blocks(rows, cols, blocks).map(Self::Q8),
+            WeightFormat::Q4 => Panels::from_blocks(rows, cols, blocks).map(Self::Q4),
         }
     }
 
-    /// What was added to the weights to store them.
-    pub(crate) fn offset(&self) -> i32 {
+    /// What was added to quantised weights to store them; `None` for bf16.
+    pub(crate) fn offset(&self) -> Option<i32> {
         match self {
-            Self::Q8(_) => Q8Block::OFFSET,
-            Self::Q4(_) => Q4Block::OFFSET,
+            Self::Bf16(_) => None,
+            Self::Q8(_) => Some(Q8Block::OFFSET),
+            Self::Q4(_) => Some(Q4Block::OFFSET),
         }
     }
 
     /// Computes `weight[c] · x[r]` for whole panels of columns, of which the last may be cut short.
+    ///
+    /// # Panics
+    /// If the operand was not made for a matrix of this format.
     #[inline(always)]
     pub(crate) fn dot<S: Simd>(
         &self,
         simd: S,
         cols: Range<usize>,
-        x: QuantisedRows<'_>,
+        x: Operand<'_>,
         rows: Range<usize>,
         sums: &mut PanelSums,
     ) {
         assert!(cols.start.is_multiple_of(PANEL_ROWS));
         let sums = sums.reset(cols.len(), rows.len());
         let panels = cols.start / PANEL_ROWS..cols.end.div_ceil(PANEL_ROWS);
-        match self {
-            Self::Q8(all) => all.dot(simd, panels, x, rows, sums),
-            Self::Q4(all) => all.dot(simd, panels, x, rows, sums),
+        match (self, x) {
+            (Self::Bf16(all), Operand::Bf16(x)) => all.dot(simd, panels, x, rows, sums),
+            (Self::Q8(all), Operand::Quantised(x)) => all.dot(simd, panels, x, rows, sums),
+            (Self::Q4(all), Operand::Quantised(x)) => all.dot(simd, panels, x, rows, sums),
+            _ => panic!("an operand has the form that its matrix multiplies"),
         }
     }
 }
@@ -176,18 +181,18 @@ impl<B: Block> Panels<B> {
     }
 }
 
-/// Quantises stacked views on all threads.
+/// Packs stacked views on all threads.
 fn pack_views<B: Block>(views: &[WeightView], isa: Isa, team: &mut Team) -> Result<Bytes, BackendError> {
     let num_rows: usize = views.iter().map(|view| view.rows).sum();
     let num_groups = views[0].cols.div_ceil(GROUP);
     let num_blocks = num_rows.div_ceil(PANEL_ROWS) * num_groups;
-    let mut blocks = Buffer::<B>::zeroed("a quantised matrix", num_blocks)?;
+    let mut blocks = Buffer::<B>::zeroed("a weight matrix", num_blocks)?;
     blocks.prefer_huge_pages();
     team.for_each(Grid::row_bands(&mut blocks, num_groups, 1), |panels| isa.run(Pack { views, panels }));
     Ok(Bytes::from_owner(blocks))
 }
 
-/// Quantises the rows of the panels that the tile covers.
+/// Packs the rows of the panels that the tile covers.
 struct Pack<'a, B> {
     views: &'a [WeightView],
     panels: Tile<'a, B>,
@@ -225,13 +230,13 @@ mod tests {
 
     use super::quantise::{Quantised, q4, q8};
     use super::*;
-    use crate::operand::{Order, QuantisedBuffer};
+    use crate::operand::{Order, Scratch};
     use crate::tensor::Tensor;
 
     const NUM_TOKENS: usize = 18;
 
-    /// A product as [`Panels::dot`] specifies it, in plain loops over quantised rows.
-    fn specified(weights: &[Quantised], x: &[bf16]) -> f32 {
+    /// A product of quantised weights as the kernels specify it, in plain loops.
+    fn quantised_product(weights: &[Quantised], x: &[bf16]) -> f32 {
         let mut sum = 0.0;
         for (x, weights) in x.chunks(128).zip(weights.chunks(4)) {
             let largest = x.iter().map(|x| x.to_f32().abs()).fold(0.0, f32::max);
@@ -246,10 +251,38 @@ mod tests {
         sum
     }
 
+    /// The same of bf16 weights.
+    fn bf16_product(weights: &[bf16], x: &[bf16]) -> f32 {
+        let mut sum = 0.0;
+        for (x, weights) in x.chunks(256).zip(weights.chunks(256)) {
+            let mut partial = 0.0;
+            for (x, weights) in x.chunks(2).zip(weights.chunks(2)) {
+                for (x, w) in x.iter().zip(weights).rev() {
+                    partial += x.to_f32() * w.to_f32();
+                }
+            }
+            sum += partial;
+        }
+        sum
+    }
+
+    /// The product of a row of weights, packed in a format, with a row of activations.
+    fn product(format: WeightFormat, weights: &[bf16], x: &[bf16]) -> f32 {
+        if format == WeightFormat::Bf16 {
+            return bf16_product(weights, x);
+        }
+        let quantise = |weights: &[bf16]| {
+            let mut padded = [0.0; GROUP];
+            padded.iter_mut().zip(weights).for_each(|(padded, w)| *padded = w.to_f32());
+            if format == WeightFormat::Q8 { q8(&padded) } else { q4(&padded) }
+        };
+        quantised_product(&weights.chunks(GROUP).map(quantise).collect::<Vec<_>>(), x)
+    }
+
     struct Dot<'a> {
         packed: &'a Packed,
         cols: Range<usize>,
-        x: QuantisedRows<'a>,
+        x: Operand<'a>,
         rows: Range<usize>,
         sums: &'a mut PanelSums,
     }
@@ -261,28 +294,28 @@ mod tests {
         }
     }
 
-    fn check(format: PackedFormat, num_rows: usize, len: usize, isa: Isa) {
+    fn activations(rows: usize, values: &[f32]) -> (Tensor, Scratch) {
+        let features = values.len() / rows;
+        let mut scratch = Scratch::default();
+        scratch.reserve(rows, features).unwrap();
+        let mut x = Tensor::new(rows, features, backend::DType::Bf16).unwrap();
+        x.upload(values);
+        (x, scratch)
+    }
+
+    fn check(format: WeightFormat, num_rows: usize, len: usize, isa: Isa) {
         let data = |seed| WeightData::Dummy { seed, mean: 0.1, std: 1.0 };
         let view = |rows, seed| WeightView { rows, cols: len, dtype: WeightType::Bf16, data: data(seed) };
         let views = [view(num_rows, 1), view(3, 2)];
         let mut team = Team::new(2);
         let packed = Packer::default().pack(format, &views, isa, &mut team).unwrap();
-
-        let quantise = |weights: &[bf16]| {
-            let mut padded = [0.0; GROUP];
-            padded.iter_mut().zip(weights).for_each(|(padded, w)| *padded = w.to_f32());
-            if format == PackedFormat::Q8 { q8(&padded) } else { q4(&padded) }
-        };
         let stacked: Vec<bf16> = views.iter().flat_map(WeightView::to_bf16).collect();
-        let rows: Vec<Vec<Quantised>> =
-            stacked.chunks(len).map(|row| row.chunks(GROUP).map(quantise).collect()).collect();
+        let rows: Vec<&[bf16]> = stacked.chunks(len).collect();
 
-        let mut x = Tensor::new(NUM_TOKENS, len, backend::DType::Bf16).unwrap();
         let values: Vec<f32> =
             (0..(NUM_TOKENS * len) as u64).map(|i| dummy_value(3, i, 0.0, 1.0).to_f32()).collect();
-        x.upload(&values);
-        let mut buffer = QuantisedBuffer::new(NUM_TOKENS, len).unwrap();
-        let quantised = buffer.quantise(x.bf16(), Order::Given, NUM_TOKENS, packed.offset(), isa, &mut team);
+        let (x, mut scratch) = activations(NUM_TOKENS, &values);
+        let operand = scratch.operand(&x, Order::Given, NUM_TOKENS, &packed, isa, &mut team);
 
         for cols in [0..rows.len(), 0..rows.len().min(PANEL_ROWS), PANEL_ROWS..rows.len().max(PANEL_ROWS)] {
             for tokens in [0..1, 1..3, 2..5, 1..5, 3..8, 0..NUM_TOKENS] {
@@ -290,7 +323,7 @@ mod tests {
                 let kernel = Dot {
                     packed: &packed,
                     cols: cols.clone(),
-                    x: quantised,
+                    x: operand,
                     rows: tokens.clone(),
                     sums: &mut sums,
                 };
@@ -298,7 +331,7 @@ mod tests {
                 for (token, panel, sums) in sums.iter() {
                     for (col, &sum) in cols.clone().skip(panel).zip(sums) {
                         let token = tokens.start + token;
-                        let expected = specified(&rows[col], x.bf16().row(token));
+                        let expected = product(format, rows[col], x.bf16().row(token));
                         let case = format!("{format:?} {} length {len}", isa.name());
                         assert_eq!(sum.to_bits(), expected.to_bits(), "{case}: row {col}, token {token}");
                     }
@@ -311,7 +344,7 @@ mod tests {
     fn products_have_the_specified_bits_on_every_instruction_set() {
         for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
             println!("{}", isa.name());
-            for format in [PackedFormat::Q8, PackedFormat::Q4] {
+            for format in WeightFormat::ALL {
                 for (num_rows, len) in [(1, 1), (5, 31), (29, 32), (30, 100), (61, 128), (40, 200), (64, 513)]
                 {
                     check(format, num_rows, len, isa);
@@ -332,7 +365,7 @@ mod tests {
         let recorded = packer.record();
         let mut pack = |packer: &mut Packer, rows, mean| {
             let Packed::Q4(panels) =
-                packer.pack(PackedFormat::Q4, &[view(rows, mean)], isa, &mut team).unwrap()
+                packer.pack(WeightFormat::Q4, &[view(rows, mean)], isa, &mut team).unwrap()
             else {
                 panic!("q4 was asked for")
             };
@@ -340,10 +373,10 @@ mod tests {
         };
         let first = [pack(&mut packer, 40, 0.0), pack(&mut packer, 8, 0.0)];
         let mut file = std::io::Cursor::new(Vec::new());
-        write_image(&mut file, PackedFormat::Q4, [1, 2], recorded.try_iter()).unwrap();
+        write_image(&mut file, WeightFormat::Q4, [1, 2], recorded.try_iter()).unwrap();
 
         let mut packer = Packer::default();
-        packer.use_image(file.into_inner().into(), PackedFormat::Q4, [1, 2], &mut Team::new(2)).unwrap();
+        packer.use_image(file.into_inner().into(), WeightFormat::Q4, [1, 2], &mut Team::new(2)).unwrap();
         // Other weights prove that the image was taken; a shape that it does not have, that it is not trusted.
         assert_eq!(pack(&mut packer, 40, 5.0), first[0]);
         assert_ne!(pack(&mut packer, 80, 0.0).len(), first[1].len());
@@ -356,17 +389,16 @@ mod tests {
         let mut team = Team::new(1);
         for bad in [f32::NAN, f32::INFINITY] {
             let views = std::slice::from_ref(&view);
-            let packed = Packer::default().pack(PackedFormat::Q8, views, Isa::detect(), &mut team).unwrap();
-            let mut x = Tensor::new(1, 64, backend::DType::Bf16).unwrap();
-            let mut values = [1.0; 64];
-            values[9] = bad;
-            x.upload(&values);
-            let mut buffer = QuantisedBuffer::new(1, 64).unwrap();
-            let x = buffer.quantise(x.bf16(), Order::Given, 1, packed.offset(), Isa::detect(), &mut team);
-            let mut sums = PanelSums::default();
-            Isa::detect().run(Dot { packed: &packed, cols: 0..8, x, rows: 0..1, sums: &mut sums });
-            let (.., sums) = sums.iter().next().expect("a token");
-            assert!(sums[..8].iter().all(|sum| sum.is_nan()), "{bad}: {sums:?}");
+            let values: Vec<f32> = (0..64).map(|i| if i == 9 { bad } else { 1.0 }).collect();
+            for format in WeightFormat::ALL {
+                let packed = Packer::default().pack(format, views, Isa::detect(), &mut team).unwrap();
+                let (x, mut scratch) = activations(1, &values);
+                let x = scratch.operand(&x, Order::Given, 1, &packed, Isa::detect(), &mut team);
+                let mut sums = PanelSums::default();
+                Isa::detect().run(Dot { packed: &packed, cols: 0..8, x, rows: 0..1, sums: &mut sums });
+                let (.., sums) = sums.iter().next().expect("a token");
+                assert!(sums[..8].iter().all(|sum| !sum.is_finite()), "{bad}, {format:?}: {sums:?}");
+            }
         }
     }
 }

@@ -1,17 +1,22 @@
-//! The two vector operations that everything rests on, for each instruction set: a running dot product of bf16
-//! values with f32 accumulation, and one of 8-bit integers with exact accumulation.
+//! The three vector operations that everything rests on, for each instruction set: running dot products of bf16 values
+//! with f32 accumulation, of one row's neighbours or of 16 rows side by side, and one of 8-bit integers with exact
+//! accumulation.
 //!
 //! # bf16
-//! An accumulator is a vector of f32 lanes. Step `k` adds the products of elements `k .. k + STEP` of two rows
-//! to the lanes; which element goes to which lane, and in which order a lane adds, is fixed per instruction
-//! set. A product of two bf16 values is exact in f32 (8 + 8 bits fit in 24), so a fused multiply-add and a
-//! multiplication followed by an addition round alike, and the portable model follows the documented steps of
-//! `vdpbf16ps`, but for subnormal numbers, which that instruction flushes to zero.
+//! A 32-bit lane holds two neighbours of a row, a pair. An accumulator is a vector of f32 lanes, and a step adds two
+//! products to each: first that of the odd elements, then that of the even ones. A product of two bf16 values is exact
+//! in f32 (8 + 8 bits fit in 24), so a fused multiply-add and a multiplication followed by an addition round alike, and
+//! the portable model follows the documented steps of `vdpbf16ps`, but for subnormal numbers, which that instruction
+//! flushes to zero.
 //!
 //! ```text
-//! row       e0 e1 e2 e3 e4 e5 ...           a 32-bit lane holds two neighbours: even low, odd high
-//! lane 0    e0·f0 + e1·f1
-//! lane 1    e2·f2 + e3·f3                   even half << 16 is its f32; odd half & 0xffff0000 is its f32
+//! pair       e0 | e1        even half << 16 is its f32; odd half & 0xffff0000 is its f32
+//!
+//! dot        w: e0 e1 | e2 e3 | ...              neighbours of one row, and of another: the lanes are added up at the
+//!            x: f0 f1 | f2 f3 | ...              end, and how many there are depends on the instruction set
+//!
+//! dot_pairs  w: r0: w0 w1 | r1: w0 w1 | ...      a pair of each of 16 rows
+//!            x: x0 x1                            one token's pair, for all rows
 //! ```
 //!
 //! # Integers
@@ -47,25 +52,22 @@ use half::{bf16, f16};
 pub(crate) use neon::Neon;
 pub(crate) use portable::Portable;
 
-/// Elements of a lane.
-pub(crate) const PAIR: usize = 2;
-/// Most elements of a step.
+/// Most elements of a [`Simd::dot`].
 pub(crate) const MAX_STEP: usize = 32;
-/// Rows of bf16 that lie side by side where many are multiplied with many.
-pub(crate) const STRIP_ROWS: usize = 16;
 
-/// The elements of a lane.
-pub(crate) type Pair = [bf16; PAIR];
-/// One lane of every row of a strip.
-pub(crate) type RowPairs = [Pair; STRIP_ROWS];
-
-/// Rows of weights whose integer dot products advance together.
-pub(crate) const QUAD_ROWS: usize = 16;
+/// Rows of weights whose sums advance together, one per lane.
+pub(crate) const LANE_ROWS: usize = 16;
+/// Columns of a pair.
+pub(crate) const PAIR: usize = 2;
 /// Columns of a quad.
 pub(crate) const QUAD: usize = 4;
 
-/// [`QUAD`] stored weights of each of [`QUAD_ROWS`] rows.
-pub(crate) type QuadBytes = [u8; QUAD_ROWS * QUAD];
+/// Two neighbours of a row.
+pub(crate) type Pair = [bf16; PAIR];
+/// A pair of each of [`LANE_ROWS`] rows.
+pub(crate) type RowPairs = [Pair; LANE_ROWS];
+/// [`QUAD`] stored weights of each of [`LANE_ROWS`] rows.
+pub(crate) type QuadBytes = [u8; LANE_ROWS * QUAD];
 
 /// Vector operations of one instruction set.
 pub(crate) trait Simd: Copy {
@@ -75,10 +77,8 @@ pub(crate) trait Simd: Copy {
     type Accumulator: Copy;
     /// Elements that one [`Simd::dot`] takes from each row.
     const STEP: usize;
-    /// Weight rows of a tile of four tokens, as many as the registers hold accumulators for: 2 or 4.
+    /// Rows of a tile of four others, as many as the registers hold accumulators for: 2 or 4.
     const TILE_ROWS: usize;
-    /// Weight rows of a tile of strips, 4 or 8, and registers of tokens, up to 4.
-    const STRIP_TILE: [usize; 2];
 
     /// The empty sum.
     fn zero(self) -> Self::Accumulator;
@@ -119,33 +119,25 @@ pub(crate) trait Simd: Copy {
     /// If `lanes` is not as long.
     fn store(self, sum: Self::Accumulator, lanes: &mut [f32]);
 
-    /// `a + b`, lane by lane.
-    fn add_sums(self, a: Self::Accumulator, b: Self::Accumulator) -> Self::Accumulator;
+    /// A pair of each row, ready to be multiplied.
+    type Pairs: Copy;
+    /// An f32 of each row.
+    type Floats: Copy;
+    /// Tokens of a tile of two times [`LANE_ROWS`] rows of pairs, as many as the registers hold sums for: up to 8.
+    const PAIR_TOKENS: usize;
 
-    /// The same pair of elements for every lane.
-    fn pairs(self, pair: Pair) -> Self::Elements;
+    /// Reads pairs.
+    fn pairs(self, stored: &RowPairs) -> Self::Pairs;
 
-    /// Turns a step of rows, from element `start` on: pair `p` of row `r` goes to `out[p * stride][r]`.
-    ///
-    /// # Panics
-    /// If a row ends before the step does, or `out` before the last pair.
-    #[inline(always)]
-    fn turn(self, rows: &[&[bf16]; STRIP_ROWS], start: usize, out: &mut [RowPairs], stride: usize) {
-        for (r, row) in rows.iter().enumerate() {
-            for (p, pair) in row[start..start + Self::STEP].as_chunks().0.iter().enumerate() {
-                out[p * stride][r] = *pair;
-            }
-        }
-    }
+    /// Adds the product of every row's pair with `x`.
+    fn dot_pairs(self, sum: Self::Floats, w: Self::Pairs, x: Pair) -> Self::Floats;
 
     /// A quad of each row, ready to be multiplied.
     type Quads: Copy;
     /// A running integer dot product of each row.
     type Ints: Copy;
-    /// An f32 of each row.
-    type Floats: Copy;
-    /// Tokens of a tile of two times [`QUAD_ROWS`] rows, as many as the registers hold sums for.
-    const TILE_TOKENS: usize;
+    /// Tokens of a tile of two times [`LANE_ROWS`] rows of quads, as many as the registers hold sums for: up to 8.
+    const QUAD_TOKENS: usize;
     /// Whether weights are multiplied as stored, so that a sum must start at `-offset · Σ x`; otherwise the offset
     /// is taken off the weights.
     const MULTIPLIES_STORED: bool;
@@ -163,7 +155,7 @@ pub(crate) trait Simd: Copy {
     fn dot_quads(self, sum: Self::Ints, w: Self::Quads, x: i32) -> Self::Ints;
 
     /// Widens a scale of each row.
-    fn floats(self, halves: &[f16; QUAD_ROWS]) -> Self::Floats;
+    fn floats(self, halves: &[f16; LANE_ROWS]) -> Self::Floats;
 
     /// `sum · scale`, for sums that f32 can represent.
     fn scaled(self, sum: Self::Ints, scale: Self::Floats) -> Self::Floats;
@@ -172,7 +164,7 @@ pub(crate) trait Simd: Copy {
     fn add(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
 
     /// `out += x · scale`, rounded after the product and after the sum.
-    fn add_scaled(self, out: &mut [f32; QUAD_ROWS], x: Self::Floats, scale: f32);
+    fn add_scaled(self, out: &mut [f32; LANE_ROWS], x: Self::Floats, scale: f32);
 }
 
 /// Sums lanes as a balanced tree: the upper half is added to the lower until one is left.

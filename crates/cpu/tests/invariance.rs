@@ -58,7 +58,7 @@ impl Layer {
             let data = WeightData::Dummy { seed, mean: 0.0, std: 1.0 / (cols as f32).sqrt() };
             WeightView { rows, cols, dtype: WeightType::Bf16, data }
         };
-        let table = cpu.matrix(&[view(VOCAB, hidden)], MatrixUse::Exact).unwrap();
+        let table = cpu.matrix(&[view(VOCAB, hidden)], MatrixUse::Lookup).unwrap();
         let kv_features = attention.kv_features();
         let qkv =
             [view(attention.q_features(), hidden), view(kv_features, hidden), view(kv_features, hidden)];

@@ -77,7 +77,7 @@ impl<B: Backend> Mixtral<B> {
         // A tied head is the same table in another role: a backend may keep what it multiplies in another format.
         let lm_head = lm_head.unwrap_or_else(|| table.clone());
         let model = Self {
-            embedding: backend.matrix(&[table], MatrixUse::Exact)?,
+            embedding: backend.matrix(&[table], MatrixUse::Lookup)?,
             layers,
             norm: backend.vector(&norm)?,
             lm_head: backend.matrix(&[lm_head], MatrixUse::Product)?,

@@ -69,9 +69,9 @@ fn measure(plan: &Plan, settings: &Settings) -> Result<Report> {
     let options = model.cpu_options(settings);
     let num_threads = options.num_threads.unwrap_or_else(|| available_parallelism().map_or(1, usize::from));
     let mut cpu = Cpu::new(CpuOptions { num_threads: Some(num_threads), ..options });
-    let limits_before = Limits::measure(&mut cpu);
+    let limits_before = Limits::measure(&mut cpu)?;
     let measurements = measure_all(plan, &mut sequences)?;
-    let limits_after = Limits::measure(&mut cpu);
+    let limits_after = Limits::measure(&mut cpu)?;
     let limits = limits_before.max(limits_after);
     let memory = Memory {
         resident_bytes: memory::resident_bytes(),

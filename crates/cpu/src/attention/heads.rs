@@ -5,7 +5,7 @@ use std::ops::Range;
 use half::bf16;
 
 use super::CHUNK;
-use crate::dot::WeightRows;
+use super::scores::CachedRows;
 use crate::kv::{MAX_HEAD_DIM, Q8Heads};
 
 /// The plane of one kv head, to be read: all its keys, or all its values.
@@ -21,7 +21,7 @@ pub(super) trait CachedHead: Copy {
         slots: impl Iterator<Item = usize>,
         head_dim: usize,
         scratch: &'a mut Self::Scratch,
-    ) -> WeightRows<'a>;
+    ) -> CachedRows<'a>;
 
     /// Multiplies each number by the scale of its slot.
     fn scale(&self, slots: impl Iterator<Item = usize>, numbers: &mut [f32]);
@@ -38,8 +38,8 @@ impl CachedHead for &[bf16] {
         slots: impl Iterator<Item = usize>,
         head_dim: usize,
         (): &'a mut (),
-    ) -> WeightRows<'a> {
-        WeightRows::new(slots.map(|slot| &self[slot * head_dim..][..head_dim]))
+    ) -> CachedRows<'a> {
+        CachedRows::new(slots.map(|slot| &self[slot * head_dim..][..head_dim]))
     }
 
     #[inline(always)]
@@ -73,8 +73,8 @@ impl CachedHead for Q8Head<'_> {
         slots: impl Iterator<Item = usize>,
         head_dim: usize,
         scratch: &'a mut Self::Scratch,
-    ) -> WeightRows<'a> {
-        WeightRows::new(scratch.iter_mut().zip(slots).map(|(wide, slot)| {
+    ) -> CachedRows<'a> {
+        CachedRows::new(scratch.iter_mut().zip(slots).map(|(wide, slot)| {
             let wide = &mut wide[..head_dim];
             let features = &self.features[slot * head_dim..][..head_dim];
             wide.iter_mut().zip(features).for_each(|(wide, &x)| *wide = widened(x));

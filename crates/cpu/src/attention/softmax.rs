@@ -2,12 +2,12 @@
 
 use half::bf16;
 
-use crate::dot::{MAX_TOKENS, Sums};
+use super::scores::Scores;
 use crate::kv::MAX_HEAD_DIM;
 use crate::numbers::{Element, exp};
 
 /// Query heads that are computed together.
-pub(super) const HEADS: usize = MAX_TOKENS;
+pub(super) const HEADS: usize = 8;
 /// Features of the accumulators that are kept in registers while the values of a chunk stream past.
 const LANES: usize = 16;
 
@@ -91,7 +91,7 @@ impl Softmax {
     pub(super) fn add_values(
         &mut self,
         num_heads: usize,
-        weights: &Sums,
+        weights: &Scores,
         values: &[&[bf16]],
         head_dim: usize,
     ) {
@@ -108,7 +108,7 @@ impl Softmax {
     fn add_values_of<const H: usize>(
         &mut self,
         head: usize,
-        weights: &Sums,
+        weights: &Scores,
         values: &[&[bf16]],
         head_dim: usize,
     ) {
@@ -126,7 +126,7 @@ impl Softmax {
     fn add_features<const H: usize, const N: usize>(
         &mut self,
         head: usize,
-        weights: &Sums,
+        weights: &Scores,
         values: &[&[bf16]],
         first: usize,
     ) {

@@ -78,18 +78,6 @@ impl<'a> QuantisedRows<'a> {
     }
 }
 
-impl<'a> SpanRows<'a> {
-    /// All but the first `num_rows` rows.
-    #[inline(always)]
-    pub(crate) fn skip(self, num_rows: usize) -> Self {
-        Self {
-            quads: &self.quads[num_rows..],
-            starts: &self.starts[num_rows..],
-            scales: &self.scales[num_rows..],
-        }
-    }
-}
-
 impl QuantisedBuffer {
     /// Makes room for rows of `features` features.
     ///

@@ -1,9 +1,10 @@
-//! The two formats: how 32 rows × 32 columns lie in memory.
+//! The three formats: how 32 rows × 32 columns lie in memory.
 //!
-//! A block's columns are eight quads of four. Quads `step` and `step + 4` are read together, so that a byte of q4
-//! holds the same place of both:
+//! Weights of bf16 lie in pairs of columns. Of quantised ones a block's columns are eight quads of four; quads `step`
+//! and `step + 4` are read together, so that a byte of q4 holds the same place of both:
 //!
 //! ```text
+//! bf16 pair 0 of rows 0..16, of rows 16..32 │ pair 1 of rows 0..16, of rows 16..32 │ ...
 //! q8   scales f16[2][16] │ step 0: quad 0 of rows 0..16, of rows 16..32, quad 4 of rows 0..16, of rows 16..32 │ ...
 //! q4   scales f16[2][16] │ step 0: quads 0 (low halves) and 4 (high) of rows 0..16, of rows 16..32 │ step 1 ...
 //! ```
@@ -11,33 +12,45 @@
 use bytemuck::{Pod, Zeroable};
 use half::f16;
 
-use super::GROUP;
 use super::quantise::{Quantised, q4, q8};
-use crate::simd::{QUAD, QUAD_ROWS, QuadBytes, Simd};
+use super::{GROUP, PANEL_ROWS};
+use crate::numbers::Element;
+use crate::simd::{LANE_ROWS, PAIR, QUAD, QuadBytes, RowPairs, Simd};
 
-/// Steps of a block, two quads each.
+/// Steps of a quantised block, two quads each.
 pub(super) const STEPS: usize = GROUP / QUAD / 2;
 
-/// 32 rows × 32 columns of quantised weights.
+/// 32 rows × 32 columns of weights.
 pub(crate) trait Block: Pod + Send + Sync {
+    /// Sets a row of a block that was zeros.
+    fn set_row(&mut self, row: usize, weights: &[f32; GROUP]);
+}
+
+/// A block of small integers with a scale per row.
+pub(crate) trait QuantisedBlock: Block {
     /// What is added to a weight's value to store it.
     const OFFSET: i32;
 
     /// The scales of rows 0..16 and 16..32.
-    fn scales(&self) -> &[[f16; QUAD_ROWS]; 2];
+    fn scales(&self) -> &[[f16; LANE_ROWS]; 2];
 
     /// Quads `step` and `step + STEPS` of 16 rows, the lower or the upper half.
     fn quads<S: Simd>(&self, simd: S, step: usize, half: usize) -> [S::Quads; 2];
+}
 
-    /// Quantises a row's weights.
-    fn set_row(&mut self, row: usize, weights: &[f32; GROUP]);
+/// A block of bf16 weights.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Bf16Block {
+    /// `[pair of columns][half]`
+    pub(super) pairs: [[RowPairs; 2]; GROUP / PAIR],
 }
 
 /// A block of 8-bit weights.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(crate) struct Q8Block {
-    scales: [[f16; QUAD_ROWS]; 2],
+    scales: [[f16; LANE_ROWS]; 2],
     /// `[step][first or second quad][half]`
     quads: [[[QuadBytes; 2]; 2]; STEPS],
 }
@@ -46,34 +59,55 @@ pub(crate) struct Q8Block {
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(crate) struct Q4Block {
-    scales: [[f16; QUAD_ROWS]; 2],
+    scales: [[f16; LANE_ROWS]; 2],
     /// `[step][half]`
     quads: [[QuadBytes; 2]; STEPS],
 }
 
-const _: () = assert!(size_of::<Q8Block>() * 8 == GROUP * 2 * QUAD_ROWS * 17 / 2);
-const _: () = assert!(size_of::<Q4Block>() * 8 == GROUP * 2 * QUAD_ROWS * 9 / 2);
+const _: () = assert!(size_of::<Bf16Block>() * 8 == GROUP * PANEL_ROWS * 16);
+const _: () = assert!(size_of::<Q8Block>() * 8 == GROUP * PANEL_ROWS * 17 / 2);
+const _: () = assert!(size_of::<Q4Block>() * 8 == GROUP * PANEL_ROWS * 9 / 2);
 
 // SAFETY: arrays of numbers, for which all zeros is a value.
-unsafe impl Zeroable for Q8Block {}
+unsafe impl Zeroable for Bf16Block {}
 // SAFETY: `repr(C)` arrays of numbers for which any bits are a value; the sizes above leave no room for padding.
+unsafe impl Pod for Bf16Block {}
+// SAFETY: as for `Bf16Block`.
+unsafe impl Zeroable for Q8Block {}
+// SAFETY: as for `Bf16Block`.
 unsafe impl Pod for Q8Block {}
-// SAFETY: as for `Q8Block`.
+// SAFETY: as for `Bf16Block`.
 unsafe impl Zeroable for Q4Block {}
-// SAFETY: as for `Q8Block`.
+// SAFETY: as for `Bf16Block`.
 unsafe impl Pod for Q4Block {}
 
-/// Where a column's weight of a row lies: the step, which of its two quads, and the byte.
-fn place(column: usize, row: usize) -> (usize, usize, usize) {
-    let quad = column / QUAD;
-    (quad % STEPS, quad / STEPS, row % QUAD_ROWS * QUAD + column % QUAD)
+impl Block for Bf16Block {
+    #[inline(always)]
+    fn set_row(&mut self, row: usize, weights: &[f32; GROUP]) {
+        for (pair, weights) in self.pairs.iter_mut().zip(weights.as_chunks::<PAIR>().0) {
+            pair[row / LANE_ROWS][row % LANE_ROWS] = [weights[0], weights[1]].map(Element::from_f32);
+        }
+    }
 }
 
 impl Block for Q8Block {
+    #[inline(always)]
+    fn set_row(&mut self, row: usize, weights: &[f32; GROUP]) {
+        let Quantised { scale, values } = q8(weights);
+        let half = row / LANE_ROWS;
+        self.scales[half][row % LANE_ROWS] = scale;
+        for (column, value) in values.into_iter().enumerate() {
+            let (step, quad, byte) = place(column, row);
+            self.quads[step][quad][half][byte] = (value + Self::OFFSET) as u8;
+        }
+    }
+}
+
+impl QuantisedBlock for Q8Block {
     const OFFSET: i32 = 128;
 
     #[inline(always)]
-    fn scales(&self) -> &[[f16; QUAD_ROWS]; 2] {
+    fn scales(&self) -> &[[f16; LANE_ROWS]; 2] {
         &self.scales
     }
 
@@ -82,24 +116,27 @@ impl Block for Q8Block {
         let [first, second] = &self.quads[step];
         [simd.bytes(&first[half]), simd.bytes(&second[half])]
     }
+}
 
+impl Block for Q4Block {
     #[inline(always)]
     fn set_row(&mut self, row: usize, weights: &[f32; GROUP]) {
-        let Quantised { scale, values } = q8(weights);
-        let half = row / QUAD_ROWS;
-        self.scales[half][row % QUAD_ROWS] = scale;
+        let Quantised { scale, values } = q4(weights);
+        let half = row / LANE_ROWS;
+        self.scales[half][row % LANE_ROWS] = scale;
         for (column, value) in values.into_iter().enumerate() {
             let (step, quad, byte) = place(column, row);
-            self.quads[step][quad][half][byte] = (value + Self::OFFSET) as u8;
+            // Every place is written once.
+            self.quads[step][half][byte] |= ((value + Self::OFFSET) as u8) << (4 * quad);
         }
     }
 }
 
-impl Block for Q4Block {
+impl QuantisedBlock for Q4Block {
     const OFFSET: i32 = 8;
 
     #[inline(always)]
-    fn scales(&self) -> &[[f16; QUAD_ROWS]; 2] {
+    fn scales(&self) -> &[[f16; LANE_ROWS]; 2] {
         &self.scales
     }
 
@@ -107,16 +144,10 @@ impl Block for Q4Block {
     fn quads<S: Simd>(&self, simd: S, step: usize, half: usize) -> [S::Quads; 2] {
         simd.nibbles(&self.quads[step][half])
     }
+}
 
-    #[inline(always)]
-    fn set_row(&mut self, row: usize, weights: &[f32; GROUP]) {
-        let Quantised { scale, values } = q4(weights);
-        let half = row / QUAD_ROWS;
-        self.scales[half][row % QUAD_ROWS] = scale;
-        for (column, value) in values.into_iter().enumerate() {
-            let (step, quad, byte) = place(column, row);
-            // A block starts as zeros, and every place is written once.
-            self.quads[step][half][byte] |= ((value + Self::OFFSET) as u8) << (4 * quad);
-        }
-    }
+/// Where a column's quantised weight of a row lies: the step, which of its two quads, and the byte.
+fn place(column: usize, row: usize) -> (usize, usize, usize) {
+    let quad = column / QUAD;
+    (quad % STEPS, quad / STEPS, row % LANE_ROWS * QUAD + column % QUAD)
 }

@@ -1,47 +1,71 @@
-//! The inner loop of quantised products: panels of 32 rows × up to 128 tokens.
+//! The way through a product: which panel, which span of columns and which tokens come next. The inner loops are
+//! [`pairs`] for bf16 and [`quads`] for quantised weights.
 //!
-//! Integers are summed exactly within a group of 32 columns, where the weights have one scale; f32 takes over from
-//! there. A span of 128 columns, over which the tokens have one scale, is walked by all tokens before the next, so
-//! its weights come from memory once and from the L1 cache after that. With many tokens all panels walk a span before
-//! the next, so that the tokens' part of it stays there too; few tokens take one panel after another, each a single
-//! stream from memory.
+//! ```text
+//! panel      ├─ span 0 ─┤├─ span 1 ─┤ ...        32 rows; a span is 128 or 256 columns
+//! tokens      t0..5  t5..10 ...                  a tile: their sums with all 32 rows stay in registers along a span
+//! ```
+//!
+//! A span is walked by all tokens before the next, so its weights come from memory once and from the L1 cache after
+//! that. With many tokens all panels walk a span before the next, so that the tokens' part of it stays in a cache too;
+//! few tokens take one panel after another, each a single stream from memory.
+
+mod pairs;
+mod quads;
 
 use std::ops::Range;
 
-use super::Panels;
-use super::block::{Block, STEPS};
-use crate::dot::MAX_ROWS;
-use crate::operand::{QuantisedRows, SPAN_GROUPS, SpanRows};
-use crate::simd::{QUAD_ROWS, Simd};
+use super::block::Block;
+use super::{PANEL_ROWS, Panels};
+use crate::simd::Simd;
 
 /// Most tokens that are worth no order but that of the weights in memory.
 const STREAMED_TOKENS: usize = 4;
+/// Most tokens of a tile on any instruction set.
+const MAX_TILE_TOKENS: usize = 8;
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
+/// Rows of activations in the form that blocks of type `B` multiply.
+pub(super) trait Tokens<B>: Copy {
+    /// Blocks of a span.
+    const SPAN_BLOCKS: usize;
+
+    /// Spans of a row.
+    fn num_spans(&self) -> usize;
+
+    /// Most tokens of a tile, as many as the registers hold sums for: up to [`MAX_TILE_TOKENS`].
+    fn tile_tokens<S: Simd>() -> usize;
+
+    /// Walks `T` rows, from `first` on, along the blocks of a span, and adds their products to `sums`. Before every
+    /// block it calls `meanwhile`.
+    fn walk<S: Simd, const T: usize>(
+        self,
+        simd: S,
+        blocks: &[B],
+        span: usize,
+        first: usize,
+        meanwhile: impl FnMut(),
+        sums: &mut [[f32; PANEL_ROWS]; T],
+    );
+}
+
 impl<B: Block> Panels<B> {
-    /// Adds to `sums[panel][t][r]` the product of row `r` of the panel with token `t`:
-    ///
-    /// ```text
-    /// Σ over spans  ( Σ over the span's groups  f32(Σ w·x) · scale_w ) · scale_x
-    /// ```
-    ///
-    /// The inner sum is exact, both outer ones run in ascending order from zero in f32, and every operation rounds,
-    /// so the bits are the same in every tile and on every instruction set.
+    /// Adds to `sums[panel][t][r]` the product of row `r` of the panel with token `t`: the sum over its spans, in
+    /// ascending order, of what [`Tokens::walk`] specifies. Every operation rounds in one order, so the bits are the
+    /// same in every tile.
     #[inline(always)]
-    pub(super) fn dot<S: Simd>(
+    pub(super) fn dot<S: Simd, X: Tokens<B>>(
         &self,
         simd: S,
         panels: Range<usize>,
-        x: QuantisedRows<'_>,
+        x: X,
         rows: Range<usize>,
-        sums: &mut [[f32; MAX_ROWS]],
+        sums: &mut [[f32; PANEL_ROWS]],
     ) {
-        const { assert!(MAX_ROWS == 2 * QUAD_ROWS) }
         let (num_spans, num_tokens) = (x.num_spans(), rows.len());
-        assert!(
-            num_spans == self.num_groups.div_ceil(SPAN_GROUPS) && sums.len() == panels.len() * num_tokens
-        );
+        assert_eq!(num_spans, self.num_groups.div_ceil(X::SPAN_BLOCKS));
+        assert_eq!(sums.len(), panels.len() * num_tokens);
         let streamed = num_tokens <= STREAMED_TOKENS;
         let (outer, inner) = if streamed { (panels.len(), num_spans) } else { (num_spans, panels.len()) };
         simd.call(
@@ -54,9 +78,9 @@ impl<B: Block> Panels<B> {
                         let sums = &mut sums[index * num_tokens..][..num_tokens];
                         let next = match streamed {
                             true => &[][..],
-                            false => self.span(panel, span + 1),
+                            false => self.span::<X>(panel, span + 1),
                         };
-                        walk_all(simd, self.span(panel, span), x.span(span, rows.clone()), next, sums);
+                        walk_all(simd, self.span::<X>(panel, span), x, span, rows.start, next, sums);
                     }
                 }
             },
@@ -65,76 +89,70 @@ impl<B: Block> Panels<B> {
 
     /// The blocks of one span of a panel; none beyond the last.
     #[inline(always)]
-    fn span(&self, panel: usize, span: usize) -> &[B] {
-        self.panel(panel).chunks(SPAN_GROUPS).nth(span).unwrap_or_default()
+    fn span<X: Tokens<B>>(&self, panel: usize, span: usize) -> &[B] {
+        self.panel(panel).chunks(X::SPAN_BLOCKS).nth(span).unwrap_or_default()
     }
 }
 
-/// Walks all tokens along the blocks of a span, and asks for the next span's meanwhile.
+/// Walks all tokens, from row `first` on, along the blocks of a span, and asks for the next span's meanwhile.
 #[inline(always)]
-fn walk_all<S: Simd, B: Block>(
+fn walk_all<S: Simd, B: Block, X: Tokens<B>>(
     simd: S,
     blocks: &[B],
-    x: SpanRows<'_>,
+    x: X,
+    span: usize,
+    first: usize,
     next: &[B],
-    sums: &mut [[f32; MAX_ROWS]],
+    sums: &mut [[f32; PANEL_ROWS]],
 ) {
+    let most = X::tile_tokens::<S>();
+    assert!(most <= MAX_TILE_TOKENS);
     let mut next_lines = bytemuck::cast_slice::<B, u8>(next).chunks(LINE);
-    let lines_per_walk = next_lines.len().div_ceil(sums.len().div_ceil(S::TILE_TOKENS));
+    let num_walked = blocks.len() * sums.len().div_ceil(most);
+    let lines_per_block = next_lines.len().div_ceil(num_walked.max(1));
+    // A few at a time: memory takes no more, and what is needed now would have to wait.
+    let mut prefetch = || next_lines.by_ref().take(lines_per_block).for_each(|line| simd.prefetch(&line[0]));
     let mut token = 0;
     while token < sums.len() {
-        next_lines.by_ref().take(lines_per_walk).for_each(|line| simd.prefetch(&line[0]));
-        let (x, sums) = (x.skip(token), &mut sums[token..]);
-        token += match sums.len().min(S::TILE_TOKENS) {
-            1 => walk::<S, B, 1>(simd, blocks, x, sums),
-            2 => walk::<S, B, 2>(simd, blocks, x, sums),
-            3 => walk::<S, B, 3>(simd, blocks, x, sums),
-            _ => walk::<S, B, 4>(simd, blocks, x, sums),
+        let tile = Tile { blocks, x, span, first: first + token, meanwhile: &mut prefetch };
+        let sums = &mut sums[token..];
+        // Tiles of about the same size: the few sums of a small one would wait for each other.
+        token += match sums.len().div_ceil(sums.len().div_ceil(most)) {
+            1 => tile.walk::<S, 1>(simd, sums),
+            2 => tile.walk::<S, 2>(simd, sums),
+            3 => tile.walk::<S, 3>(simd, sums),
+            4 => tile.walk::<S, 4>(simd, sums),
+            5 if most > 4 => tile.walk::<S, 5>(simd, sums),
+            6 if most > 4 => tile.walk::<S, 6>(simd, sums),
+            7 if most > 4 => tile.walk::<S, 7>(simd, sums),
+            8 if most > 4 => tile.walk::<S, 8>(simd, sums),
+            size => unreachable!("a tile of {size} tokens where {most} are the most"),
         };
     }
 }
 
-/// Walks the first `T` tokens along the blocks of a span; their number, `T`.
+/// The blocks of a span and the tokens from one on.
+struct Tile<'a, B, X, M> {
+    blocks: &'a [B],
+    x: X,
+    span: usize,
+    first: usize,
+    meanwhile: M,
+}
+
+impl<B: Block, X: Tokens<B>, M: FnMut()> Tile<'_, B, X, M> {
+    /// Walks the first `T` tokens; their number, `T`.
+    #[inline(always)]
+    fn walk<S: Simd, const T: usize>(self, simd: S, sums: &mut [[f32; PANEL_ROWS]]) -> usize {
+        let sums = sums.first_chunk_mut().expect("T tokens");
+        self.x.walk::<S, T>(simd, self.blocks, self.span, self.first, self.meanwhile, sums);
+        T
+    }
+}
+
+/// The sums of rows 0..16 and 16..32.
 #[inline(always)]
-fn walk<S: Simd, B: Block, const T: usize>(
-    simd: S,
-    blocks: &[B],
-    x: SpanRows<'_>,
-    sums: &mut [[f32; MAX_ROWS]],
-) -> usize {
-    assert!(blocks.len() <= SPAN_GROUPS);
-    let quads: &[_; T] = x.quads.first_chunk().expect("T rows");
-    let starts: &[_; T] = x.starts.first_chunk().expect("T rows");
-    let mut partial = [[simd.floats(&[half::f16::ZERO; QUAD_ROWS]); 2]; T];
-    for (group, block) in blocks.iter().enumerate() {
-        let mut ints: [[S::Ints; 2]; T] = std::array::from_fn(|t| {
-            let start = if S::MULTIPLIES_STORED { starts[t][group] } else { 0 };
-            [simd.ints(start); 2]
-        });
-        for step in 0..STEPS {
-            let weights = [block.quads(simd, step, 0), block.quads(simd, step, 1)];
-            for t in 0..T {
-                let quads = [quads[t][group][step], quads[t][group][step + STEPS]];
-                for half in 0..2 {
-                    ints[t][half] = simd.dot_quads(ints[t][half], weights[half][0], quads[0]);
-                    ints[t][half] = simd.dot_quads(ints[t][half], weights[half][1], quads[1]);
-                }
-            }
-        }
-        let scales = block.scales();
-        for half in 0..2 {
-            let scale = simd.floats(&scales[half]);
-            for t in 0..T {
-                partial[t][half] = simd.add(partial[t][half], simd.scaled(ints[t][half], scale));
-            }
-        }
-    }
-    for t in 0..T {
-        let (lower, upper) = sums[t].split_at_mut(QUAD_ROWS);
-        for (half, out) in [lower, upper].into_iter().enumerate() {
-            let out = out.first_chunk_mut().expect("16 sums");
-            simd.add_scaled(out, partial[t][half], x.scales[t]);
-        }
-    }
-    T
+fn halves(sums: &mut [f32; PANEL_ROWS]) -> [&mut [f32; PANEL_ROWS / 2]; 2] {
+    let (lower, upper) = sums.split_at_mut(PANEL_ROWS / 2);
+    [lower, upper].map(|half| half.first_chunk_mut().expect("half a panel"))
 }

@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use bytes::Bytes;
 use thiserror::Error;
 
-use super::PackedFormat;
+use crate::matrix::WeightFormat;
 use crate::team::Team;
 
 const MAGIC: [u8; 16] = *b"windrose packed\n";
@@ -71,7 +71,7 @@ impl Image {
     /// [`ImageError`] if it is not a whole image of this format and key.
     pub(crate) fn open(
         bytes: Bytes,
-        format: PackedFormat,
+        format: WeightFormat,
         key: ImageKey,
         team: &mut Team,
     ) -> Result<Self, ImageError> {
@@ -108,7 +108,7 @@ impl Image {
 /// Of `out`.
 pub(crate) fn write(
     out: &mut (impl Write + Seek),
-    format: PackedFormat,
+    format: WeightFormat,
     key: ImageKey,
     matrices: impl IntoIterator<Item = PackedMatrix>,
 ) -> io::Result<()> {
@@ -133,7 +133,7 @@ pub(crate) fn write(
 }
 
 /// Checks the header; the place of the index.
-fn read_header(bytes: &[u8], format: PackedFormat, key: ImageKey) -> Result<Range<usize>, ImageError> {
+fn read_header(bytes: &[u8], format: WeightFormat, key: ImageKey) -> Result<Range<usize>, ImageError> {
     let header = bytes.first_chunk::<HEADER_BYTES>().ok_or(ImageError::Damaged("it is too short"))?;
     let (magic, words) = header.split_at(MAGIC.len());
     if magic != MAGIC {
@@ -200,34 +200,34 @@ mod tests {
 
     fn image() -> Vec<u8> {
         let mut out = Cursor::new(Vec::new());
-        write(&mut out, PackedFormat::Q8, KEY, matrices()).unwrap();
+        write(&mut out, WeightFormat::Q8, KEY, matrices()).unwrap();
         out.into_inner()
     }
 
-    fn open(bytes: Vec<u8>, format: PackedFormat, key: ImageKey) -> Result<Image, ImageError> {
+    fn open(bytes: Vec<u8>, format: WeightFormat, key: ImageKey) -> Result<Image, ImageError> {
         Image::open(bytes.into(), format, key, &mut Team::new(1))
     }
 
     #[test]
     fn matrices_come_back_in_order() {
-        let mut image = open(image(), PackedFormat::Q8, KEY).unwrap();
+        let mut image = open(image(), WeightFormat::Q8, KEY).unwrap();
         for matrix in matrices() {
             assert_eq!(image.next(matrix.rows, matrix.cols).unwrap(), matrix.blocks);
         }
         assert!(image.next(1, 1).is_none());
-        let mut image = open(self::image(), PackedFormat::Q8, KEY).unwrap();
+        let mut image = open(self::image(), WeightFormat::Q8, KEY).unwrap();
         assert!(image.next(3, 41).is_none(), "another shape");
     }
 
     #[test]
     fn images_of_something_else_are_stale() {
-        for (format, key) in [(PackedFormat::Q4, KEY), (PackedFormat::Q8, [7, 8]), (PackedFormat::Q8, [6, 9])]
+        for (format, key) in [(WeightFormat::Q4, KEY), (WeightFormat::Q8, [7, 8]), (WeightFormat::Q8, [6, 9])]
         {
             assert_eq!(open(image(), format, key).err(), Some(ImageError::Stale));
         }
         let mut newer = image();
         newer[MAGIC.len()] += 1;
-        assert_eq!(open(newer, PackedFormat::Q8, KEY).err(), Some(ImageError::Stale));
+        assert_eq!(open(newer, WeightFormat::Q8, KEY).err(), Some(ImageError::Stale));
     }
 
     #[test]
@@ -239,10 +239,10 @@ mod tests {
         for at in parts.into_iter().flatten() {
             let mut damaged = whole.clone();
             damaged[at] ^= 0x10;
-            assert!(open(damaged, PackedFormat::Q8, KEY).is_err(), "byte {at}");
+            assert!(open(damaged, WeightFormat::Q8, KEY).is_err(), "byte {at}");
         }
         for len in 0..whole.len() {
-            assert!(open(whole[..len].to_vec(), PackedFormat::Q8, KEY).is_err(), "{len} bytes");
+            assert!(open(whole[..len].to_vec(), WeightFormat::Q8, KEY).is_err(), "{len} bytes");
         }
     }
 }

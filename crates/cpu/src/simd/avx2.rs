@@ -8,7 +8,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{Pair, QUAD_ROWS, QuadBytes, RowPairs, STRIP_ROWS, Simd};
+use super::{LANE_ROWS, Pair, QuadBytes, RowPairs, Simd};
 
 /// The proof that the machine has AVX2, FMA and F16C.
 #[derive(Clone, Copy)]
@@ -42,7 +42,6 @@ impl Simd for Avx2 {
     type Accumulator = __m256;
     const STEP: usize = 16;
     const TILE_ROWS: usize = 2;
-    const STRIP_TILE: [usize; 2] = [4, 2];
 
     #[inline(always)]
     fn zero(self) -> __m256 {
@@ -94,40 +93,28 @@ impl Simd for Avx2 {
         unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), sum) };
     }
 
+    /// Even and odd elements of eight rows each.
+    type Pairs = [[__m256; 2]; 2];
+    type Floats = [__m256; 2];
+    const PAIR_TOKENS: usize = 2;
+
     #[inline(always)]
-    fn add_sums(self, a: __m256, b: __m256) -> __m256 {
-        // SAFETY: `self` proves AVX.
-        unsafe { _mm256_add_ps(a, b) }
+    fn pairs(self, stored: &RowPairs) -> [[__m256; 2]; 2] {
+        let stored: *const __m256i = stored.as_ptr().cast();
+        // SAFETY: `self` proves AVX2, and the array has the 64 bytes that are read.
+        unsafe { [self.split(_mm256_loadu_si256(stored)), self.split(_mm256_loadu_si256(stored.add(1)))] }
     }
 
     #[inline(always)]
-    fn pairs(self, pair: Pair) -> [__m256; 2] {
+    fn dot_pairs(self, sum: [__m256; 2], w: [[__m256; 2]; 2], x: Pair) -> [__m256; 2] {
         // SAFETY: `self` proves AVX2.
-        self.split(unsafe { _mm256_set1_epi32(bytemuck::cast(pair)) })
-    }
-
-    #[inline(always)]
-    fn turn(self, rows: &[&[bf16]; STRIP_ROWS], start: usize, out: &mut [RowPairs], stride: usize) {
-        // Loops, as `map` of an array is a function of its own, without the instruction set.
-        for first in [0, 8] {
-            // SAFETY: `self` proves AVX2.
-            let mut steps = [unsafe { _mm256_setzero_si256() }; 8];
-            for (step, row) in steps.iter_mut().zip(&rows[first..]) {
-                // SAFETY: as above, and the row is cut to the 32 bytes that are read.
-                *step = unsafe { _mm256_loadu_si256(row[start..][..Self::STEP].as_ptr().cast()) };
-            }
-            for (pair, rows) in transposed(steps).iter().enumerate() {
-                let out = &mut out[pair * stride][first..first + 8];
-                // SAFETY: as above, and the slice has the 32 bytes that are written.
-                unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), *rows) };
-            }
-        }
+        let x = self.split(unsafe { _mm256_set1_epi32(bytemuck::cast(x)) });
+        [self.dot(sum[0], w[0], x), self.dot(sum[1], w[1], x)]
     }
 
     type Quads = [SignedBytes; 2];
     type Ints = [__m256i; 2];
-    type Floats = [__m256; 2];
-    const TILE_TOKENS: usize = 1;
+    const QUAD_TOKENS: usize = 1;
     const MULTIPLIES_STORED: bool = false;
 
     #[inline(always)]
@@ -168,7 +155,7 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn floats(self, halves: &[f16; QUAD_ROWS]) -> [__m256; 2] {
+    fn floats(self, halves: &[f16; LANE_ROWS]) -> [__m256; 2] {
         // SAFETY: `self` proves F16C, and the array has the 32 bytes that are read.
         unsafe {
             let halves: *const __m128i = halves.as_ptr().cast();
@@ -189,7 +176,7 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn add_scaled(self, out: &mut [f32; QUAD_ROWS], x: [__m256; 2], scale: f32) {
+    fn add_scaled(self, out: &mut [f32; LANE_ROWS], x: [__m256; 2], scale: f32) {
         for (out, x) in out.as_chunks_mut::<8>().0.iter_mut().zip(x) {
             // SAFETY: `self` proves AVX2, and the array has the 32 bytes that are read and written.
             unsafe {
@@ -225,30 +212,4 @@ impl Avx2 {
             [_mm256_loadu_si256(stored), _mm256_loadu_si256(stored.add(1))]
         }
     }
-}
-
-/// The transpose of an 8 × 8 matrix of 32-bit elements: neighbouring rows, then pairs of them, then fours swap their
-/// halves.
-#[inline(always)]
-fn transposed(rows: [__m256i; 8]) -> [__m256i; 8] {
-    let mut out = rows;
-    // SAFETY: only values of this instruction set are rearranged, so the machine has AVX2.
-    unsafe {
-        // `fours[4 i + j]` has in its 128-bit half `h` column `4 h + j` of rows `4 i ..`.
-        let mut fours = rows;
-        for i in [0, 4] {
-            let (a, b) = ((rows[i], rows[i + 1]), (rows[i + 2], rows[i + 3]));
-            let (low_a, low_b) = (_mm256_unpacklo_epi32(a.0, a.1), _mm256_unpacklo_epi32(b.0, b.1));
-            let (high_a, high_b) = (_mm256_unpackhi_epi32(a.0, a.1), _mm256_unpackhi_epi32(b.0, b.1));
-            fours[i] = _mm256_unpacklo_epi64(low_a, low_b);
-            fours[i + 1] = _mm256_unpackhi_epi64(low_a, low_b);
-            fours[i + 2] = _mm256_unpacklo_epi64(high_a, high_b);
-            fours[i + 3] = _mm256_unpackhi_epi64(high_a, high_b);
-        }
-        for j in 0..4 {
-            out[j] = _mm256_permute2x128_si256::<0x20>(fours[j], fours[j + 4]);
-            out[j + 4] = _mm256_permute2x128_si256::<0x31>(fours[j], fours[j + 4]);
-        }
-    }
-    out
 }

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{Pair, QUAD_ROWS, QuadBytes, RowPairs, STRIP_ROWS, Simd};
+use super::{LANE_ROWS, Pair, QuadBytes, RowPairs, Simd};
 
 /// The proof that the machine has AVX-512 F, BW, BF16 and VNNI.
 #[derive(Clone, Copy)]
@@ -23,7 +23,6 @@ impl Simd for Avx512Bf16 {
     type Accumulator = __m512;
     const STEP: usize = 32;
     const TILE_ROWS: usize = 4;
-    const STRIP_TILE: [usize; 2] = [8, 3];
 
     #[inline(always)]
     fn zero(self) -> __m512 {
@@ -79,34 +78,24 @@ impl Simd for Avx512Bf16 {
         unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), sum) };
     }
 
+    type Pairs = __m512i;
+    type Floats = __m512;
+    const PAIR_TOKENS: usize = 8;
+
     #[inline(always)]
-    fn add_sums(self, a: __m512, b: __m512) -> __m512 {
-        self.add(a, b)
+    fn pairs(self, stored: &RowPairs) -> __m512i {
+        // SAFETY: `self` proves AVX-512 F, and the array has the 64 bytes that are read.
+        unsafe { _mm512_loadu_si512(stored.as_ptr().cast()) }
     }
 
     #[inline(always)]
-    fn pairs(self, pair: Pair) -> __m512i {
-        self.ints(bytemuck::cast(pair))
-    }
-
-    #[inline(always)]
-    fn turn(self, rows: &[&[bf16]; STRIP_ROWS], start: usize, out: &mut [RowPairs], stride: usize) {
-        // Loops, as `map` of an array is a function of its own, without the instruction set.
-        let mut steps = [self.ints(0); STRIP_ROWS];
-        for (step, row) in steps.iter_mut().zip(rows) {
-            // SAFETY: the row is cut to the 64 bytes that are read.
-            *step = unsafe { self.load(row[start..][..Self::STEP].as_ptr()) };
-        }
-        for (pair, rows) in transposed(steps).iter().enumerate() {
-            // SAFETY: `self` proves AVX-512 F, and the array has the 64 bytes that are written.
-            unsafe { _mm512_storeu_si512(out[pair * stride].as_mut_ptr().cast(), *rows) };
-        }
+    fn dot_pairs(self, sum: __m512, w: __m512i, x: Pair) -> __m512 {
+        self.dot(sum, w, self.ints(bytemuck::cast(x)))
     }
 
     type Quads = __m512i;
     type Ints = __m512i;
-    type Floats = __m512;
-    const TILE_TOKENS: usize = 4;
+    const QUAD_TOKENS: usize = 4;
     const MULTIPLIES_STORED: bool = true;
 
     #[inline(always)]
@@ -138,7 +127,7 @@ impl Simd for Avx512Bf16 {
     }
 
     #[inline(always)]
-    fn floats(self, halves: &[f16; QUAD_ROWS]) -> __m512 {
+    fn floats(self, halves: &[f16; LANE_ROWS]) -> __m512 {
         // SAFETY: `self` proves AVX-512 F, and the array has the 32 bytes that are read.
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(halves.as_ptr().cast())) }
     }
@@ -156,42 +145,11 @@ impl Simd for Avx512Bf16 {
     }
 
     #[inline(always)]
-    fn add_scaled(self, out: &mut [f32; QUAD_ROWS], x: __m512, scale: f32) {
+    fn add_scaled(self, out: &mut [f32; LANE_ROWS], x: __m512, scale: f32) {
         // SAFETY: `self` proves AVX-512 F, and the array has the 64 bytes that are read and written.
         unsafe {
             let sum = _mm512_add_ps(_mm512_loadu_ps(out.as_ptr()), _mm512_mul_ps(x, _mm512_set1_ps(scale)));
             _mm512_storeu_ps(out.as_mut_ptr(), sum);
         }
     }
-}
-
-/// The transpose of a 16 × 16 matrix of 32-bit elements: neighbouring rows, then pairs of them, then fours swap their
-/// halves.
-#[inline(always)]
-fn transposed(rows: [__m512i; 16]) -> [__m512i; 16] {
-    let mut out = rows;
-    // SAFETY: only values of this instruction set are rearranged, so the machine has AVX-512 F.
-    unsafe {
-        // `fours[4 i + j]` has in its 128-bit quarter `q` column `4 q + j` of rows `4 i ..`.
-        let mut fours = rows;
-        for i in (0..16).step_by(4) {
-            let (a, b) = ((rows[i], rows[i + 1]), (rows[i + 2], rows[i + 3]));
-            let (low_a, low_b) = (_mm512_unpacklo_epi32(a.0, a.1), _mm512_unpacklo_epi32(b.0, b.1));
-            let (high_a, high_b) = (_mm512_unpackhi_epi32(a.0, a.1), _mm512_unpackhi_epi32(b.0, b.1));
-            fours[i] = _mm512_unpacklo_epi64(low_a, low_b);
-            fours[i + 1] = _mm512_unpackhi_epi64(low_a, low_b);
-            fours[i + 2] = _mm512_unpacklo_epi64(high_a, high_b);
-            fours[i + 3] = _mm512_unpackhi_epi64(high_a, high_b);
-        }
-        for j in 0..4 {
-            let [a, b] = [(fours[j], fours[j + 4]), (fours[j + 8], fours[j + 12])];
-            let low = [_mm512_shuffle_i32x4::<0x44>(a.0, a.1), _mm512_shuffle_i32x4::<0x44>(b.0, b.1)];
-            let high = [_mm512_shuffle_i32x4::<0xee>(a.0, a.1), _mm512_shuffle_i32x4::<0xee>(b.0, b.1)];
-            out[j] = _mm512_shuffle_i32x4::<0x88>(low[0], low[1]);
-            out[j + 4] = _mm512_shuffle_i32x4::<0xdd>(low[0], low[1]);
-            out[j + 8] = _mm512_shuffle_i32x4::<0x88>(high[0], high[1]);
-            out[j + 12] = _mm512_shuffle_i32x4::<0xdd>(high[0], high[1]);
-        }
-    }
-    out
 }

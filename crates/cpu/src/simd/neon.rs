@@ -6,7 +6,7 @@ use std::arch::asm;
 
 use half::{bf16, f16};
 
-use super::{Pair, QUAD_ROWS, QuadBytes, Simd};
+use super::{LANE_ROWS, Pair, QuadBytes, RowPairs, Simd};
 
 /// The proof that the machine has NEON, part of the architecture's baseline, and `sdot` if `DOTPROD`.
 #[derive(Clone, Copy)]
@@ -31,7 +31,6 @@ impl<const DOTPROD: bool> Simd for Neon<DOTPROD> {
     type Accumulator = float32x4_t;
     const STEP: usize = 8;
     const TILE_ROWS: usize = 4;
-    const STRIP_TILE: [usize; 2] = [4, 4];
 
     #[inline(always)]
     fn zero(self) -> float32x4_t {
@@ -76,23 +75,35 @@ impl<const DOTPROD: bool> Simd for Neon<DOTPROD> {
         unsafe { vst1q_f32(lanes.as_mut_ptr(), sum) };
     }
 
+    /// Even and odd elements of four rows each.
+    type Pairs = [[float32x4_t; 2]; 4];
+    type Floats = [float32x4_t; 4];
+    const PAIR_TOKENS: usize = 2;
+
     #[inline(always)]
-    fn add_sums(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
-        // SAFETY: as in `zero`.
-        unsafe { vaddq_f32(a, b) }
+    fn pairs(self, stored: &RowPairs) -> [[float32x4_t; 2]; 4] {
+        let mut pairs = [[self.zero(); 2]; 4];
+        for (pairs, stored) in pairs.iter_mut().zip(stored.as_flattened().as_chunks::<8>().0) {
+            // SAFETY: the chunk has the 8 elements that are read.
+            *pairs = unsafe { self.load(stored.as_ptr()) };
+        }
+        pairs
     }
 
     #[inline(always)]
-    fn pairs(self, pair: Pair) -> [float32x4_t; 2] {
-        // SAFETY: as in `zero`.
-        pair.map(|element| unsafe { vdupq_n_f32(element.to_f32()) })
+    fn dot_pairs(self, mut sum: [float32x4_t; 4], w: [[float32x4_t; 2]; 4], x: Pair) -> [float32x4_t; 4] {
+        // SAFETY: NEON is part of the architecture's baseline.
+        let x = x.map(|x| unsafe { vdupq_n_f32(x.to_f32()) });
+        for (sum, w) in sum.iter_mut().zip(w) {
+            *sum = self.dot(*sum, w, x);
+        }
+        sum
     }
 
     /// Four rows each.
     type Quads = [int8x16_t; 4];
     type Ints = [int32x4_t; 4];
-    type Floats = [float32x4_t; 4];
-    const TILE_TOKENS: usize = 2;
+    const QUAD_TOKENS: usize = 2;
     const MULTIPLIES_STORED: bool = false;
 
     #[inline(always)]
@@ -136,7 +147,7 @@ impl<const DOTPROD: bool> Simd for Neon<DOTPROD> {
     }
 
     #[inline(always)]
-    fn floats(self, halves: &[f16; QUAD_ROWS]) -> [float32x4_t; 4] {
+    fn floats(self, halves: &[f16; LANE_ROWS]) -> [float32x4_t; 4] {
         let floats = halves.map(f16::to_f32);
         // SAFETY: as in `zero`, and each part of the array has the 16 bytes that are read.
         std::array::from_fn(|part| unsafe { vld1q_f32(floats.as_ptr().add(4 * part)) })
@@ -155,7 +166,7 @@ impl<const DOTPROD: bool> Simd for Neon<DOTPROD> {
     }
 
     #[inline(always)]
-    fn add_scaled(self, out: &mut [f32; QUAD_ROWS], x: [float32x4_t; 4], scale: f32) {
+    fn add_scaled(self, out: &mut [f32; LANE_ROWS], x: [float32x4_t; 4], scale: f32) {
         for (out, x) in out.as_chunks_mut::<4>().0.iter_mut().zip(x) {
             // SAFETY: as in `zero`, and the array has the 16 bytes that are read and written.
             unsafe {

@@ -3,7 +3,7 @@
 
 use half::{bf16, f16};
 
-use super::{PAIR, Pair, QUAD, QUAD_ROWS, QuadBytes, Simd};
+use super::{LANE_ROWS, Pair, QUAD, QuadBytes, RowPairs, Simd};
 
 /// 16 lanes of two elements each, as in a 512-bit register.
 const LANES: usize = 16;
@@ -17,7 +17,6 @@ impl Simd for Portable {
     type Accumulator = [f32; LANES];
     const STEP: usize = 2 * LANES;
     const TILE_ROWS: usize = 4;
-    const STRIP_TILE: [usize; 2] = [4, 1];
 
     #[inline(always)]
     fn zero(self) -> [f32; LANES] {
@@ -57,39 +56,42 @@ impl Simd for Portable {
         lanes.copy_from_slice(&sum);
     }
 
+    type Pairs = [u32; LANES];
+    type Floats = [f32; LANES];
+    const PAIR_TOKENS: usize = 1;
+
     #[inline(always)]
-    fn add_sums(self, a: [f32; LANES], b: [f32; LANES]) -> [f32; LANES] {
-        std::array::from_fn(|lane| a[lane] + b[lane])
+    fn pairs(self, stored: &RowPairs) -> [u32; LANES] {
+        pair_up(bytemuck::cast(*stored))
     }
 
     #[inline(always)]
-    fn pairs(self, pair: Pair) -> [u32; LANES] {
-        pair_up(std::array::from_fn(|i| pair[i % PAIR]))
+    fn dot_pairs(self, sum: [f32; LANES], w: [u32; LANES], x: Pair) -> [f32; LANES] {
+        self.dot(sum, w, pair_up(bytemuck::cast([x; LANES])))
     }
 
-    type Quads = [[i8; QUAD]; QUAD_ROWS];
-    type Ints = [i32; QUAD_ROWS];
-    type Floats = [f32; QUAD_ROWS];
-    const TILE_TOKENS: usize = 1;
+    type Quads = [[i8; QUAD]; LANE_ROWS];
+    type Ints = [i32; LANE_ROWS];
+    const QUAD_TOKENS: usize = 1;
     const MULTIPLIES_STORED: bool = false;
 
     #[inline(always)]
-    fn bytes(self, stored: &QuadBytes) -> [[i8; QUAD]; QUAD_ROWS] {
+    fn bytes(self, stored: &QuadBytes) -> [[i8; QUAD]; LANE_ROWS] {
         quads(|i| stored[i].wrapping_sub(128))
     }
 
     #[inline(always)]
-    fn nibbles(self, stored: &QuadBytes) -> [[[i8; QUAD]; QUAD_ROWS]; 2] {
+    fn nibbles(self, stored: &QuadBytes) -> [[[i8; QUAD]; LANE_ROWS]; 2] {
         [quads(|i| (stored[i] & 15).wrapping_sub(8)), quads(|i| (stored[i] >> 4).wrapping_sub(8))]
     }
 
     #[inline(always)]
-    fn ints(self, x: i32) -> [i32; QUAD_ROWS] {
-        [x; QUAD_ROWS]
+    fn ints(self, x: i32) -> [i32; LANE_ROWS] {
+        [x; LANE_ROWS]
     }
 
     #[inline(always)]
-    fn dot_quads(self, mut sum: [i32; QUAD_ROWS], w: [[i8; QUAD]; QUAD_ROWS], x: i32) -> [i32; QUAD_ROWS] {
+    fn dot_quads(self, mut sum: [i32; LANE_ROWS], w: [[i8; QUAD]; LANE_ROWS], x: i32) -> [i32; LANE_ROWS] {
         let x = x.to_ne_bytes().map(u8::cast_signed);
         for (sum, w) in sum.iter_mut().zip(w) {
             *sum += w.iter().zip(x).map(|(&w, x)| i32::from(w) * i32::from(x)).sum::<i32>();
@@ -98,29 +100,29 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn floats(self, halves: &[f16; QUAD_ROWS]) -> [f32; QUAD_ROWS] {
+    fn floats(self, halves: &[f16; LANE_ROWS]) -> [f32; LANES] {
         halves.map(f16::to_f32)
     }
 
     #[inline(always)]
-    fn scaled(self, sum: [i32; QUAD_ROWS], scale: [f32; QUAD_ROWS]) -> [f32; QUAD_ROWS] {
+    fn scaled(self, sum: [i32; LANE_ROWS], scale: [f32; LANES]) -> [f32; LANES] {
         std::array::from_fn(|row| sum[row] as f32 * scale[row])
     }
 
     #[inline(always)]
-    fn add(self, a: [f32; QUAD_ROWS], b: [f32; QUAD_ROWS]) -> [f32; QUAD_ROWS] {
+    fn add(self, a: [f32; LANES], b: [f32; LANES]) -> [f32; LANES] {
         std::array::from_fn(|row| a[row] + b[row])
     }
 
     #[inline(always)]
-    fn add_scaled(self, out: &mut [f32; QUAD_ROWS], x: [f32; QUAD_ROWS], scale: f32) {
+    fn add_scaled(self, out: &mut [f32; LANES], x: [f32; LANES], scale: f32) {
         out.iter_mut().zip(x).for_each(|(out, x)| *out += x * scale);
     }
 }
 
 /// Weights by their place among the stored bytes.
 #[inline(always)]
-fn quads(weight: impl Fn(usize) -> u8) -> [[i8; QUAD]; QUAD_ROWS] {
+fn quads(weight: impl Fn(usize) -> u8) -> [[i8; QUAD]; LANE_ROWS] {
     std::array::from_fn(|row| std::array::from_fn(|i| weight(row * QUAD + i).cast_signed()))
 }
 

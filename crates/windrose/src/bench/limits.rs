@@ -1,6 +1,7 @@
 //! What this machine can do at best, measured in the same run as what is compared with it.
 
-use cpu::Cpu;
+use anyhow::Result;
+use cpu::{Cpu, MemoryProbe};
 use serde::Serialize;
 
 use crate::memory;
@@ -23,10 +24,13 @@ pub(super) struct Limits {
 
 impl Limits {
     /// Measures with the team of `cpu`, while nothing else runs.
-    pub(super) fn measure(cpu: &mut Cpu) -> Self {
-        let len = READ_BYTES.min(memory::available_bytes() / MEMORY_SHARE);
-        let data = vec![0x5a; len as usize];
-        Self { read_bytes_per_s: best(|| cpu.read_bandwidth(&data)), dot_flop_per_s: best(|| cpu.dot_peak()) }
+    ///
+    /// # Errors
+    /// If there is no memory to read.
+    pub(super) fn measure(cpu: &mut Cpu) -> Result<Self> {
+        let memory = MemoryProbe::new(READ_BYTES.min(memory::available_bytes() / MEMORY_SHARE) as usize)?;
+        let read_bytes_per_s = best(|| cpu.read_bandwidth(&memory));
+        Ok(Self { read_bytes_per_s, dot_flop_per_s: best(|| cpu.dot_peak()) })
     }
 
     /// The better of both in each.
