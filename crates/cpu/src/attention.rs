@@ -8,7 +8,7 @@
 //!
 //! Keys and values are read once for all heads of the group; those of 8 bits become bf16 a chunk at a time, exactly,
 //! and their scales go to the scores and to the weights. Splits and chunks depend on the query's position alone, within
-//! a chunk sums run by ascending position, and splits are merged in ascending order whether one task computes all of a
+//! a chunk a position has a lane of its own, and splits are merged in ascending order whether one task computes all of a
 //! context or each has a split of its own, as in a step of few tokens. So neither the prompt's chunking, nor the
 //! cache's blocks, nor the other queries of the step can be seen in the result. The running maximum follows Online
 //! normalizer calculation for softmax (arXiv 1805.02867), the splits Flash-Decoding (Dao et al., 2023).
@@ -25,11 +25,11 @@ use half::bf16;
 
 use crate::grid::Tile;
 use crate::isa::Kernel;
-use crate::kv::{KvCache, KvStorage};
-use crate::simd::Simd;
+use crate::kv::{KvCache, MAX_HEAD_DIM};
+use crate::simd::{LANE_ROWS, PAIR, RowPairs, Simd};
 use crate::tensor::Rows;
-use heads::{CachedHead, Q8Head};
-use scores::{Queries, Scores, score};
+use heads::{CachedHead, KeyScratch, OverKvHead, over_kv_head};
+use scores::{GROUPS, KeyLanes, Scores, score};
 use softmax::{HEADS, Softmax};
 pub(crate) use splits::Splits;
 use splits::{part, split_range, visible};
@@ -70,7 +70,7 @@ impl Kernel for Attention<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let kv_head = self.out.cols().start / self.inputs.group_features();
-        self.inputs.over_kv_head(kv_head, WholeContexts { simd, inputs: self.inputs, out: self.out });
+        over_kv_head(self.inputs.kv, kv_head, WholeContexts { simd, inputs: self.inputs, out: self.out });
     }
 }
 
@@ -80,7 +80,11 @@ impl Kernel for AttentionSplit<'_> {
         for item in self.partial.rows() {
             let (row, kv_head, split) = self.splits.item(item);
             let partial = self.partial.row(item);
-            self.inputs.over_kv_head(kv_head, OneSplit { simd, inputs: self.inputs, row, split, partial });
+            over_kv_head(
+                self.inputs.kv,
+                kv_head,
+                OneSplit { simd, inputs: self.inputs, row, split, partial },
+            );
         }
     }
 }
@@ -111,33 +115,11 @@ impl<'a> Inputs<'a> {
         self.kv.group_len() * self.kv.shape.head_dim
     }
 
-    /// Calls `work` with the keys and the values of a kv head.
-    #[inline(always)]
-    fn over_kv_head(&self, kv_head: usize, work: impl OverKvHead) {
-        let (plane_len, num_slots) = (self.kv.plane_len(), self.kv.num_slots());
-        let plane = kv_head * plane_len..(kv_head + 1) * plane_len;
-        let slots = kv_head * num_slots..(kv_head + 1) * num_slots;
-        match &self.kv.storage {
-            KvStorage::Bf16 { keys, values } => work.run(kv_head, [&keys[plane.clone()], &values[plane]]),
-            KvStorage::Q8 { keys, values } => {
-                work.run(
-                    kv_head,
-                    [keys, values].map(|heads| Q8Head::new(heads, plane.clone(), slots.clone())),
-                );
-            }
-        }
-    }
-
     /// The queries of a token that share a kv head.
     #[inline(always)]
     fn queries(&self, row: usize, kv_head: usize) -> &'a [bf16] {
         &self.q.row(row)[kv_head * self.group_features()..][..self.group_features()]
     }
-}
-
-/// What is done with the keys and the values of a kv head, in either format of the cache.
-trait OverKvHead {
-    fn run<H: CachedHead>(self, kv_head: usize, heads: [H; 2]);
 }
 
 struct WholeContexts<'a, S> {
@@ -148,20 +130,19 @@ struct WholeContexts<'a, S> {
 
 impl<S: Simd> OverKvHead for WholeContexts<'_, S> {
     #[inline(always)]
-    fn run<H: CachedHead>(mut self, kv_head: usize, heads: [H; 2]) {
-        let head_dim = self.inputs.kv.shape.head_dim;
-        let mut scratch = H::scratch();
+    fn run<H: CachedHead>(mut self, kv_head: usize, head: H) {
+        let features = HEADS * self.inputs.kv.shape.head_dim;
+        let mut scratch = Scratch::<H>::new();
         for row in self.out.rows() {
-            let context = Context::new(&self.inputs, row, heads);
-            let queries = self.inputs.queries(row, kv_head).chunks(HEADS * head_dim);
-            for (queries, out) in queries.zip(self.out.row(row).chunks_mut(HEADS * head_dim)) {
-                let queries = Queries::new(queries.chunks_exact(head_dim));
+            let context = Context::new(&self.inputs, row, head);
+            let queries = self.inputs.queries(row, kv_head).chunks(features);
+            for (queries, out) in queries.zip(self.out.row(row).chunks_mut(features)) {
                 let mut merged = Softmax::new();
                 for split in 0..split_range(&context.visible).len() {
-                    let partial = attend(self.simd, &context, split, &queries, &mut scratch);
-                    merged.merge(&partial, queries.len(), head_dim);
+                    let partial = attend(self.simd, &context, split, queries, &mut scratch);
+                    merged.merge(&partial, queries.len() / context.head_dim, context.head_dim);
                 }
-                merged.finish(out, head_dim);
+                merged.finish(out, context.head_dim);
             }
         }
     }
@@ -177,14 +158,13 @@ struct OneSplit<'a, 'p, S> {
 
 impl<S: Simd> OverKvHead for OneSplit<'_, '_, S> {
     #[inline(always)]
-    fn run<H: CachedHead>(self, kv_head: usize, heads: [H; 2]) {
+    fn run<H: CachedHead>(self, kv_head: usize, head: H) {
         let head_dim = self.inputs.kv.shape.head_dim;
-        let context = Context::new(&self.inputs, self.row, heads);
+        let context = Context::new(&self.inputs, self.row, head);
         let queries = self.inputs.queries(self.row, kv_head).chunks(HEADS * head_dim);
-        let mut scratch = H::scratch();
+        let mut scratch = Scratch::<H>::new();
         for (queries, partial) in queries.zip(self.partial.chunks_mut(HEADS * Softmax::width(head_dim))) {
-            let queries = Queries::new(queries.chunks_exact(head_dim));
-            attend(self.simd, &context, self.split, &queries, &mut scratch).store(partial, head_dim);
+            attend(self.simd, &context, self.split, queries, &mut scratch).store(partial, head_dim);
         }
     }
 }
@@ -193,22 +173,20 @@ impl<S: Simd> OverKvHead for OneSplit<'_, '_, S> {
 struct Context<'a, H> {
     head_dim: usize,
     block_size: usize,
-    keys: H,
-    values: H,
+    head: H,
     block_table: &'a [u32],
     visible: Range<usize>,
 }
 
 impl<'a, H: CachedHead> Context<'a, H> {
     #[inline(always)]
-    fn new(inputs: &Inputs<'a>, row: usize, [keys, values]: [H; 2]) -> Self {
+    fn new(inputs: &Inputs<'a>, row: usize, head: H) -> Self {
         let Inputs { kv, batch, .. } = *inputs;
         let seq_index = batch.query_start_loc.partition_point(|&start| start as usize <= row) - 1;
         Self {
             head_dim: kv.shape.head_dim,
             block_size: kv.block_size,
-            keys,
-            values,
+            head,
             block_table: batch.block_table(seq_index),
             visible: visible(kv, batch.positions[row]),
         }
@@ -222,6 +200,27 @@ impl<'a, H: CachedHead> Context<'a, H> {
         chunks.map(move |chunk| visible.start.max(chunk * CHUNK)..visible.end.min((chunk + 1) * CHUNK))
     }
 
+    /// The keys of a chunk's positions. A group without any has those of another, for want of its own.
+    #[inline(always)]
+    fn keys<'s>(
+        &'s self,
+        positions: &Range<usize>,
+        scratch: &'s mut [KeyScratch; GROUPS],
+    ) -> [KeyLanes<'s>; GROUPS] {
+        let in_place = self.block_size.is_multiple_of(LANE_ROWS);
+        let mut keys: [KeyLanes<'_>; GROUPS] = [&[]; GROUPS];
+        for (group, (keys, scratch)) in keys.iter_mut().zip(scratch).enumerate() {
+            let start = positions.start / CHUNK * CHUNK + group * LANE_ROWS;
+            let positions = positions.start.max(start)..positions.end.min(start + LANE_ROWS);
+            if !positions.is_empty() {
+                let lane = positions.start - start;
+                *keys = self.head.keys(self.slots(positions), lane, in_place, self.head_dim, scratch);
+            }
+        }
+        let any = if keys[0].is_empty() { keys[1] } else { keys[0] };
+        keys.map(|group| if group.is_empty() { any } else { group })
+    }
+
     /// Where some positions are cached.
     #[inline(always)]
     fn slots(&self, positions: Range<usize>) -> impl Iterator<Item = usize> + Clone {
@@ -232,33 +231,44 @@ impl<'a, H: CachedHead> Context<'a, H> {
     }
 }
 
-/// The running softmax of one split for up to [`HEADS`] query heads.
+/// Room for what a chunk needs.
+struct Scratch<H: CachedHead> {
+    keys: [KeyScratch; GROUPS],
+    values: H::ValueScratch,
+}
+
+impl<H: CachedHead> Scratch<H> {
+    fn new() -> Self {
+        let keys = [[RowPairs::default(); MAX_HEAD_DIM / PAIR]; GROUPS];
+        Self { keys, values: H::value_scratch() }
+    }
+}
+
+/// The running softmax of one split for up to [`HEADS`] query heads, which lie one after another.
 #[inline(always)]
 fn attend<S: Simd, H: CachedHead>(
     simd: S,
     context: &Context<'_, H>,
     split: usize,
-    queries: &Queries<'_>,
-    scratch: &mut H::Scratch,
+    queries: &[bf16],
+    scratch: &mut Scratch<H>,
 ) -> Softmax {
-    let head_dim = context.head_dim;
+    let (head, head_dim) = (&context.head, context.head_dim);
     let scale = 1.0 / (head_dim as f32).sqrt();
-    let num_heads = queries.len();
+    let num_heads = queries.len() / head_dim;
     let mut scores: Scores = [[0.0; CHUNK]; HEADS];
     let mut softmax = Softmax::new();
     for positions in context.chunks(split) {
         let slots = context.slots(positions.clone());
-        let keys = context.keys.rows(slots.clone(), head_dim, scratch);
-        score(simd, &keys, queries, &mut scores);
-        for (head, weights) in scores[..num_heads].iter_mut().enumerate() {
-            let weights = &mut weights[..positions.len()];
-            context.keys.scale(slots.clone(), weights);
-            weights.iter_mut().for_each(|score| *score *= scale);
-            softmax.take_weights(head, weights, head_dim);
-            context.values.scale(slots.clone(), weights);
+        let lanes = positions.start % CHUNK..positions.start % CHUNK + positions.len();
+        score(simd, context.keys(&positions, &mut scratch.keys), queries, scale, &mut scores);
+        for (index, weights) in scores[..num_heads].iter_mut().enumerate() {
+            head.scale_by_keys(slots.clone(), &mut weights[lanes.clone()]);
+            softmax.take_weights(index, weights, lanes.clone(), head_dim);
+            head.scale_by_values(slots.clone(), &mut weights[lanes.clone()]);
         }
-        let values = context.values.rows(slots, head_dim, scratch);
-        softmax.add_values(num_heads, &scores, &values, head_dim);
+        let values = head.values(slots, head_dim, &mut scratch.values);
+        softmax.add_values(num_heads, &scores, lanes.start, &values, head_dim);
     }
     softmax
 }

@@ -125,5 +125,5 @@ fn sum_of_squares(x: &[f32]) -> f32 {
     for (lane, x) in lanes.iter_mut().zip(rest) {
         *lane += x * x;
     }
-    crate::simd::sum_lanes(&mut lanes)
+    crate::numbers::sum_lanes(&mut lanes)
 }

@@ -317,17 +317,17 @@ impl Backend for Cpu {
         assert_eq!(rope.half_dim * 2, shape.head_dim);
         let Batch { positions, slot_mapping, .. } = &self.batch;
         let (qkv, group_cols) = (qkv.f32(), kv.group_len() * shape.head_dim);
-        let (plane_len, num_slots) = (kv.plane_len(), kv.num_slots());
+        let [key_plane, value_plane, num_slots] = [kv.key_plane_len(), kv.plane_len(), kv.num_slots()];
         let q = Grid::column_bands(q_out.bf16_mut(positions.len()), shape.q_features(), group_cols);
         match &mut kv.storage {
             KvStorage::Bf16 { keys, values } => {
-                let planes = (Grid::row_bands(keys, plane_len, 1), Grid::row_bands(values, plane_len, 1));
+                let planes = (Grid::row_bands(keys, key_plane, 1), Grid::row_bands(values, value_plane, 1));
                 self.team.for_each((q, planes), |(q, (keys, values))| {
                     isa.run(RopeStoreKv { shape, qkv, rope, positions, slot_mapping, q, keys, values });
                 });
             }
             KvStorage::Q8 { keys, values } => {
-                let planes = (keys.planes(plane_len, num_slots), values.planes(plane_len, num_slots));
+                let planes = (keys.planes(key_plane, num_slots), values.planes(value_plane, num_slots));
                 self.team.for_each((q, planes), |(q, (keys, values))| {
                     isa.run(RopeStoreKv { shape, qkv, rope, positions, slot_mapping, q, keys, values });
                 });

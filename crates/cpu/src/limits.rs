@@ -9,7 +9,7 @@ use backend::BackendError;
 use half::bf16;
 
 use crate::isa::Kernel;
-use crate::simd::{LANE_ROWS, MAX_STEP, QUAD, Simd};
+use crate::simd::{LANE_ROWS, PAIR, Pair, QUAD, RowPairs, Simd};
 use crate::tensor::Buffer;
 use crate::{Cpu, WeightFormat};
 
@@ -95,39 +95,37 @@ impl Kernel for Dot<'_> {
     fn run<S: Simd>(self, simd: S) {
         // Enough chains to hide the latency of two dependent multiply-adds on all ports, and few enough for the
         // registers: an instruction set with larger tiles has more of both.
-        let operations = match (self.integers, S::TILE_ROWS) {
-            (false, 4) => walk::<S, 16>(simd),
-            (false, _) => walk::<S, 10>(simd),
-            (true, 4) => walk_quads::<S, 16>(simd),
+        let operations = match (self.integers, S::PAIR_TOKENS) {
+            (false, 8) => walk_pairs::<S, 16>(simd),
+            (false, _) => walk_pairs::<S, 5>(simd),
+            (true, 8) => walk_quads::<S, 16>(simd),
             (true, _) => walk_quads::<S, 5>(simd),
         };
         self.operations.fetch_add(operations as u64, Ordering::Relaxed);
     }
 }
 
-/// Walks `CHAINS` accumulators side by side; operations.
+/// Walks `CHAINS` sums of rows side by side; operations.
 #[inline(always)]
-fn walk<S: Simd, const CHAINS: usize>(simd: S) -> usize {
-    const { assert!(S::STEP <= MAX_STEP) }
-    let ones = black_box([bf16::ONE; MAX_STEP]);
-    // A partial load fills up with zeros, which are multiplied as fast as ones.
-    let (w, x) = (simd.load_partial(&ones[1..S::STEP]), simd.load_partial(&ones[1..S::STEP]));
-    // Equal chains would be computed once: each starts with a value of its own.
+fn walk_pairs<S: Simd, const CHAINS: usize>(simd: S) -> usize {
+    let (w, x) = black_box((RowPairs::default(), Pair::default()));
     let mut sums = [simd.zero(); CHAINS];
     for (chain, sum) in sums.iter_mut().enumerate() {
-        let start = [bf16::from_f32(chain as f32)];
-        *sum = simd.dot(*sum, w, simd.load_partial(&start));
+        // Equal chains would be computed once: each starts with a value of its own.
+        let start = [bf16::from_f32(chain as f32); PAIR];
+        *sum = simd.dot_pairs(*sum, simd.pairs(&[start; LANE_ROWS]), [bf16::ONE; PAIR]);
     }
+    let w = simd.pairs(&w);
     for _ in 0..DOT_STEPS {
         for sum in &mut sums {
-            *sum = simd.dot(*sum, w, x);
+            *sum = simd.dot_pairs(*sum, w, x);
         }
     }
     black_box(sums);
-    2 * S::STEP * CHAINS * DOT_STEPS
+    2 * LANE_ROWS * PAIR * CHAINS * DOT_STEPS
 }
 
-/// As [`walk`], with quads of bytes for [`LANE_ROWS`] rows.
+/// As [`walk_pairs`], with quads of bytes.
 #[inline(always)]
 fn walk_quads<S: Simd, const CHAINS: usize>(simd: S) -> usize {
     let (w, x) = (simd.bytes(&black_box([129; LANE_ROWS * QUAD])), black_box(0x0101_0101));

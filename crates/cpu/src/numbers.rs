@@ -90,6 +90,20 @@ pub(crate) fn silu(x: f32) -> f32 {
     x / (1.0 + exp(-x))
 }
 
+/// Sums lanes as a balanced tree: the upper half is added to the lower until one is left.
+#[inline(always)]
+pub(crate) fn sum_lanes(lanes: &mut [f32]) -> f32 {
+    assert!(lanes.len().is_power_of_two());
+    let mut width = lanes.len() / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

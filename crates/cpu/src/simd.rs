@@ -1,26 +1,21 @@
-//! The three vector operations that everything rests on, for each instruction set: running dot products of bf16 values
-//! with f32 accumulation, of one row's neighbours or of 16 rows side by side, and one of 8-bit integers with exact
-//! accumulation.
+//! The two vector operations that everything rests on, for each instruction set: running dot products of 16 rows side by
+//! side, of bf16 values with f32 accumulation and of 8-bit integers with exact accumulation. Lane `r` belongs to row `r`,
+//! and no sum crosses lanes.
 //!
 //! # bf16
-//! A 32-bit lane holds two neighbours of a row, a pair. An accumulator is a vector of f32 lanes, and a step adds two
-//! products to each: first that of the odd elements, then that of the even ones. A product of two bf16 values is exact
-//! in f32 (8 + 8 bits fit in 24), so a fused multiply-add and a multiplication followed by an addition round alike, and
-//! the portable model follows the documented steps of `vdpbf16ps`, but for subnormal numbers, which that instruction
-//! flushes to zero.
+//! A 32-bit lane holds two neighbours of a row, a pair, and a step adds two products to each lane: first that of the odd
+//! elements, then that of the even ones. A product of two bf16 values is exact in f32 (8 + 8 bits fit in 24), so a fused
+//! multiply-add and a multiplication followed by an addition round alike, and all instruction sets follow the documented
+//! steps of `vdpbf16ps`, but for subnormal numbers, which that instruction flushes to zero.
 //!
 //! ```text
-//! pair       e0 | e1        even half << 16 is its f32; odd half & 0xffff0000 is its f32
-//!
-//! dot        w: e0 e1 | e2 e3 | ...              neighbours of one row, and of another: the lanes are added up at the
-//!            x: f0 f1 | f2 f3 | ...              end, and how many there are depends on the instruction set
-//!
-//! dot_pairs  w: r0: w0 w1 | r1: w0 w1 | ...      a pair of each of 16 rows
-//!            x: x0 x1                            one token's pair, for all rows
+//! pairs     r0: w0 w1 | r1: w0 w1 | ... | r15: w0 w1             64 bytes; w0 << 16 is an f32, w1 & 0xffff0000 is
+//! x         x0 x1                                                one token's pair, for all rows
+//! sum[r]    += w1·x1, then += w0·x0                              f32
 //! ```
 //!
 //! # Integers
-//! 16 rows of weights advance together, four columns (a quad) at a time; lane `r` belongs to row `r`:
+//! Four columns (a quad) at a time:
 //!
 //! ```text
 //! quads     r0: w w w w | r1: w w w w | ... | r15: w w w w       64 bytes, stored as unsigned value + offset
@@ -52,9 +47,6 @@ use half::{bf16, f16};
 pub(crate) use neon::Neon;
 pub(crate) use portable::Portable;
 
-/// Most elements of a [`Simd::dot`].
-pub(crate) const MAX_STEP: usize = 32;
-
 /// Rows of weights whose sums advance together, one per lane.
 pub(crate) const LANE_ROWS: usize = 16;
 /// Columns of a pair.
@@ -71,30 +63,6 @@ pub(crate) type QuadBytes = [u8; LANE_ROWS * QUAD];
 
 /// Vector operations of one instruction set.
 pub(crate) trait Simd: Copy {
-    /// `STEP` elements of a row, ready to be multiplied.
-    type Elements: Copy;
-    /// A running dot product.
-    type Accumulator: Copy;
-    /// Elements that one [`Simd::dot`] takes from each row.
-    const STEP: usize;
-    /// Rows of a tile of four others, as many as the registers hold accumulators for: 2 or 4.
-    const TILE_ROWS: usize;
-
-    /// The empty sum.
-    fn zero(self) -> Self::Accumulator;
-
-    /// Loads `STEP` elements.
-    ///
-    /// # Safety
-    /// `elements` must be readable for `STEP` elements; it need not be aligned.
-    unsafe fn load(self, elements: *const bf16) -> Self::Elements;
-
-    /// Loads fewer than `STEP` elements and zeros for the rest.
-    fn load_partial(self, elements: &[bf16]) -> Self::Elements;
-
-    /// Adds the products of `w` and `x` to `sum`.
-    fn dot(self, sum: Self::Accumulator, w: Self::Elements, x: Self::Elements) -> Self::Accumulator;
-
     /// Calls `f` as a function of its own, compiled for this instruction set.
     ///
     /// A hot loop gets all registers to itself, and one copy of it serves every kernel.
@@ -104,27 +72,15 @@ pub(crate) trait Simd: Copy {
     #[inline(always)]
     fn prefetch<T>(self, _: &T) {}
 
-    /// Adds up the lanes.
-    #[inline(always)]
-    fn sum(self, sum: Self::Accumulator) -> f32 {
-        let mut lanes = [0.0; MAX_STEP / PAIR];
-        let lanes = &mut lanes[..Self::STEP / PAIR];
-        self.store(sum, lanes);
-        sum_lanes(lanes)
-    }
-
-    /// Writes the lanes.
-    ///
-    /// # Panics
-    /// If `lanes` is not as long.
-    fn store(self, sum: Self::Accumulator, lanes: &mut [f32]);
-
     /// A pair of each row, ready to be multiplied.
     type Pairs: Copy;
     /// An f32 of each row.
     type Floats: Copy;
     /// Tokens of a tile of two times [`LANE_ROWS`] rows of pairs, as many as the registers hold sums for: up to 8.
     const PAIR_TOKENS: usize;
+
+    /// The empty sum of every row.
+    fn zero(self) -> Self::Floats;
 
     /// Reads pairs.
     fn pairs(self, stored: &RowPairs) -> Self::Pairs;
@@ -165,18 +121,4 @@ pub(crate) trait Simd: Copy {
 
     /// `out += x · scale`, rounded after the product and after the sum.
     fn add_scaled(self, out: &mut [f32; LANE_ROWS], x: Self::Floats, scale: f32);
-}
-
-/// Sums lanes as a balanced tree: the upper half is added to the lower until one is left.
-#[inline(always)]
-pub(crate) fn sum_lanes(lanes: &mut [f32]) -> f32 {
-    assert!(lanes.len().is_power_of_two());
-    let mut width = lanes.len() / 2;
-    while width > 0 {
-        for i in 0..width {
-            lanes[i] += lanes[i + width];
-        }
-        width /= 2;
-    }
-    lanes[0]
 }

@@ -1,91 +1,196 @@
-//! The cached keys, or values, of one kv head, in either format of the cache.
-
-use std::ops::Range;
+//! The cached keys and values of one kv head, in either format of the cache.
 
 use half::bf16;
 
 use super::CHUNK;
-use super::scores::CachedRows;
-use crate::kv::{MAX_HEAD_DIM, Q8Heads};
+use super::scores::KeyLanes;
+use super::softmax::Values;
+use crate::kv::{KvCache, KvStorage, MAX_HEAD_DIM, RowPairsQ8, key_place};
+use crate::simd::{LANE_ROWS, PAIR, RowPairs};
 
-/// The plane of one kv head, to be read: all its keys, or all its values.
+/// Where 16 keys are widened to bf16 or put side by side, if they must be.
+pub(super) type KeyScratch = [RowPairs; MAX_HEAD_DIM / PAIR];
+
+/// The planes of one kv head, to be read.
 pub(super) trait CachedHead: Copy {
-    /// Where a chunk is widened to bf16, if it must be.
-    type Scratch;
+    /// Where the values of a chunk are widened to bf16, if they must be.
+    type ValueScratch;
 
-    fn scratch() -> Self::Scratch;
+    fn value_scratch() -> Self::ValueScratch;
 
-    /// The features of some slots; of 8-bit heads before their scales.
-    fn rows<'a>(
+    /// The keys of up to 16 slots side by side, the first one's in lane `lane`; of 8-bit heads before their scales. If
+    /// `in_place`, the slots are neighbours and lie in these very lanes. Other lanes may hold anything.
+    fn keys<'a>(
+        &'a self,
+        slots: impl Iterator<Item = usize>,
+        lane: usize,
+        in_place: bool,
+        head_dim: usize,
+        scratch: &'a mut KeyScratch,
+    ) -> KeyLanes<'a>;
+
+    /// The values of some slots; of 8-bit heads before their scales.
+    fn values<'a>(
         &'a self,
         slots: impl Iterator<Item = usize>,
         head_dim: usize,
-        scratch: &'a mut Self::Scratch,
-    ) -> CachedRows<'a>;
+        scratch: &'a mut Self::ValueScratch,
+    ) -> Values<'a>;
 
-    /// Multiplies each number by the scale of its slot.
-    fn scale(&self, slots: impl Iterator<Item = usize>, numbers: &mut [f32]);
+    /// Multiplies each number by the scale of its slot's key.
+    #[inline(always)]
+    fn scale_by_keys(&self, _: impl Iterator<Item = usize>, _: &mut [f32]) {}
+
+    /// Multiplies each number by the scale of its slot's value.
+    #[inline(always)]
+    fn scale_by_values(&self, _: impl Iterator<Item = usize>, _: &mut [f32]) {}
 }
 
-impl CachedHead for &[bf16] {
-    type Scratch = ();
+/// What is done with a kv head, in either format of the cache.
+pub(super) trait OverKvHead {
+    fn run<H: CachedHead>(self, kv_head: usize, head: H);
+}
 
-    fn scratch() {}
+/// Calls `work` with a kv head.
+#[inline(always)]
+pub(super) fn over_kv_head(kv: &KvCache, kv_head: usize, work: impl OverKvHead) {
+    let plane = |len: usize| kv_head * len..(kv_head + 1) * len;
+    let [key_plane, value_plane, slots] = [kv.key_plane_len(), kv.plane_len(), kv.num_slots()].map(plane);
+    match &kv.storage {
+        KvStorage::Bf16 { keys, values } => {
+            work.run(kv_head, Bf16Head { keys: &keys[key_plane], values: &values[value_plane] });
+        }
+        KvStorage::Q8 { keys, values } => {
+            let head = Q8Head {
+                keys: &keys.features[key_plane],
+                key_scales: &keys.scales[slots.clone()],
+                values: &values.features[value_plane],
+                value_scales: &values.scales[slots],
+            };
+            work.run(kv_head, head);
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Bf16Head<'k> {
+    keys: &'k [RowPairs],
+    values: &'k [bf16],
+}
+
+impl CachedHead for Bf16Head<'_> {
+    type ValueScratch = ();
+
+    fn value_scratch() {}
 
     #[inline(always)]
-    fn rows<'a>(
+    fn keys<'a>(
+        &'a self,
+        mut slots: impl Iterator<Item = usize>,
+        lane: usize,
+        in_place: bool,
+        head_dim: usize,
+        scratch: &'a mut KeyScratch,
+    ) -> KeyLanes<'a> {
+        if in_place {
+            let (first, _) = key_place(slots.next().expect("a slot"), head_dim);
+            return &self.keys[first..][..head_dim / PAIR];
+        }
+        gather(self.keys, slots, lane, head_dim, scratch, |x| x)
+    }
+
+    #[inline(always)]
+    fn values<'a>(
         &'a self,
         slots: impl Iterator<Item = usize>,
         head_dim: usize,
         (): &'a mut (),
-    ) -> CachedRows<'a> {
-        CachedRows::new(slots.map(|slot| &self[slot * head_dim..][..head_dim]))
+    ) -> Values<'a> {
+        Values::new(slots.map(|slot| &self.values[slot * head_dim..][..head_dim]))
     }
-
-    #[inline(always)]
-    fn scale(&self, _: impl Iterator<Item = usize>, _: &mut [f32]) {}
 }
 
-/// An 8-bit plane.
 #[derive(Clone, Copy)]
-pub(super) struct Q8Head<'k> {
-    features: &'k [i8],
-    scales: &'k [f32],
-}
-
-impl<'k> Q8Head<'k> {
-    #[inline(always)]
-    pub(super) fn new(heads: &'k Q8Heads, features: Range<usize>, scales: Range<usize>) -> Self {
-        Self { features: &heads.features[features], scales: &heads.scales[scales] }
-    }
+struct Q8Head<'k> {
+    keys: &'k [RowPairsQ8],
+    key_scales: &'k [f32],
+    values: &'k [i8],
+    value_scales: &'k [f32],
 }
 
 impl CachedHead for Q8Head<'_> {
-    type Scratch = [[bf16; MAX_HEAD_DIM]; CHUNK];
+    type ValueScratch = [[bf16; MAX_HEAD_DIM]; CHUNK];
 
-    fn scratch() -> Self::Scratch {
+    fn value_scratch() -> Self::ValueScratch {
         [[bf16::ZERO; MAX_HEAD_DIM]; CHUNK]
     }
 
     #[inline(always)]
-    fn rows<'a>(
+    fn keys<'a>(
+        &'a self,
+        mut slots: impl Iterator<Item = usize>,
+        lane: usize,
+        in_place: bool,
+        head_dim: usize,
+        scratch: &'a mut KeyScratch,
+    ) -> KeyLanes<'a> {
+        if !in_place {
+            return gather(self.keys, slots, lane, head_dim, scratch, widened);
+        }
+        let (first, _) = key_place(slots.next().expect("a slot"), head_dim);
+        let wide = &mut scratch[..head_dim / PAIR];
+        for (wide, keys) in wide.iter_mut().zip(&self.keys[first..]) {
+            let pairs = wide.as_flattened_mut().iter_mut().zip(keys.as_flattened());
+            pairs.for_each(|(wide, &x)| *wide = widened(x));
+        }
+        wide
+    }
+
+    #[inline(always)]
+    fn values<'a>(
         &'a self,
         slots: impl Iterator<Item = usize>,
         head_dim: usize,
-        scratch: &'a mut Self::Scratch,
-    ) -> CachedRows<'a> {
-        CachedRows::new(scratch.iter_mut().zip(slots).map(|(wide, slot)| {
+        scratch: &'a mut Self::ValueScratch,
+    ) -> Values<'a> {
+        Values::new(scratch.iter_mut().zip(slots).map(|(wide, slot)| {
             let wide = &mut wide[..head_dim];
-            let features = &self.features[slot * head_dim..][..head_dim];
+            let features = &self.values[slot * head_dim..][..head_dim];
             wide.iter_mut().zip(features).for_each(|(wide, &x)| *wide = widened(x));
             &*wide
         }))
     }
 
     #[inline(always)]
-    fn scale(&self, slots: impl Iterator<Item = usize>, numbers: &mut [f32]) {
-        numbers.iter_mut().zip(slots).for_each(|(number, slot)| *number *= self.scales[slot]);
+    fn scale_by_keys(&self, slots: impl Iterator<Item = usize>, numbers: &mut [f32]) {
+        numbers.iter_mut().zip(slots).for_each(|(number, slot)| *number *= self.key_scales[slot]);
     }
+
+    #[inline(always)]
+    fn scale_by_values(&self, slots: impl Iterator<Item = usize>, numbers: &mut [f32]) {
+        numbers.iter_mut().zip(slots).for_each(|(number, slot)| *number *= self.value_scales[slot]);
+    }
+}
+
+/// Puts the keys of slots from anywhere side by side, from lane `lane` on.
+#[inline(always)]
+fn gather<'a, T: Copy>(
+    keys: &[[[T; PAIR]; LANE_ROWS]],
+    slots: impl Iterator<Item = usize>,
+    lane: usize,
+    head_dim: usize,
+    scratch: &'a mut KeyScratch,
+    widen: impl Fn(T) -> bf16,
+) -> KeyLanes<'a> {
+    let gathered = &mut scratch[..head_dim / PAIR];
+    for (lane, slot) in (lane..).zip(slots) {
+        let (first, from) = key_place(slot, head_dim);
+        for (gathered, keys) in gathered.iter_mut().zip(&keys[first..]) {
+            let [even, odd] = keys[from];
+            gathered[lane] = [widen(even), widen(odd)];
+        }
+    }
+    gathered
 }
 
 /// An integer that 8 bits hold needs no rounding in bf16.

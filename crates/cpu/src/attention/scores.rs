@@ -1,167 +1,82 @@
-//! Attention's scores: dot products of a chunk's keys with a few query heads, both rows of one length.
-//!
-//! Tiles of keys × queries keep their accumulators in registers while they walk along the rows:
-//!
-//! ```text
-//!            q0  q1        every pair of a key and a query has its own accumulator; tiles only say which pairs walk
-//!        k0  a00 a01       together
-//!        k1  a10 a11
-//!        k2  a20 a21       Σ over lanes  Σ over steps   (element products)
-//!        k3  a30 a31
-//! ```
-//!
-//! So a score depends on its two rows and the instruction set alone, bit for bit: not on the tile that it fell in, nor
-//! on the rows beside it.
+//! Attention's scores: a chunk's keys lie 16 side by side, one in each lane, and meet one query after another, as the
+//! rows of packed weights meet tokens. So a score depends on its two rows alone, bit for bit.
 
 use half::bf16;
 
 use super::CHUNK;
 use super::softmax::HEADS;
-use crate::simd::Simd;
+use crate::simd::{LANE_ROWS, PAIR, RowPairs, Simd};
 
-/// Most keys, and most queries, of a tile.
+/// Lanes of a chunk's keys are in so many groups.
+pub(super) const GROUPS: usize = CHUNK / LANE_ROWS;
+/// Most queries of a tile.
 const MAX_TILE: usize = 4;
 
-/// `[query][key]`
+/// `[query][position of the chunk]`
 pub(super) type Scores = [[f32; CHUNK]; HEADS];
-/// The keys, or the values, of a chunk.
-pub(super) type CachedRows<'a> = RowList<'a, CHUNK>;
-/// The queries that are computed together.
-pub(super) type Queries<'a> = RowList<'a, HEADS>;
+/// 16 keys side by side, pair by pair.
+pub(super) type KeyLanes<'a> = &'a [RowPairs];
 
-/// Computes `scores[q][k] = keys[k] · queries[q]` for all rows given.
+/// Computes `scores[q][k] = keys[k] · queries[q] · scale` for the heads that lie one after another in `queries`, and all
+/// lanes of the chunk.
 ///
 /// # Panics
-/// If the rows are not all of one length.
+/// If there are more than [`HEADS`] queries, or they and the keys have different lengths.
 #[inline(always)]
-pub(super) fn score<S: Simd>(simd: S, keys: &CachedRows<'_>, queries: &Queries<'_>, scores: &mut Scores) {
-    let len = keys.first().map_or(0, |row| row.len());
-    assert!(
-        keys.iter().chain(queries.iter()).all(|row| row.len() == len),
-        "keys and queries have one length"
-    );
-    for (queries, scores) in queries.chunks(MAX_TILE).zip(scores.chunks_mut(MAX_TILE)) {
-        match (queries.len(), S::TILE_ROWS) {
-            (1, _) => score_tiles::<S, 4, 1>(simd, keys, queries, scores),
-            (2, _) => score_tiles::<S, 4, 2>(simd, keys, queries, scores),
-            (3, 4) => score_tiles::<S, 4, 3>(simd, keys, queries, scores),
-            (3, _) => score_tiles::<S, 2, 3>(simd, keys, queries, scores),
-            (_, 4) => score_tiles::<S, 4, 4>(simd, keys, queries, scores),
-            (_, _) => score_tiles::<S, 2, 4>(simd, keys, queries, scores),
+pub(super) fn score<S: Simd>(
+    simd: S,
+    keys: [KeyLanes<'_>; GROUPS],
+    queries: &[bf16],
+    scale: f32,
+    scores: &mut Scores,
+) {
+    let head_dim = PAIR * keys[0].len();
+    assert!(keys.iter().all(|group| group.len() == keys[0].len()));
+    assert!(queries.len().is_multiple_of(head_dim) && queries.len() <= HEADS * head_dim);
+    let tile_len = S::PAIR_TOKENS.min(MAX_TILE);
+    for (queries, scores) in queries.chunks(tile_len * head_dim).zip(scores.chunks_mut(tile_len)) {
+        match queries.len() / head_dim {
+            1 => score_tile::<S, 1>(simd, keys, queries, scale, scores),
+            2 => score_tile::<S, 2>(simd, keys, queries, scale, scores),
+            3 => score_tile::<S, 3>(simd, keys, queries, scale, scores),
+            _ => score_tile::<S, MAX_TILE>(simd, keys, queries, scale, scores),
         }
     }
 }
 
-/// Scores exactly `Q` queries, in tiles of `K` keys.
+/// The scores of `Q` queries.
 #[inline(always)]
-fn score_tiles<S: Simd, const K: usize, const Q: usize>(
+fn score_tile<S: Simd, const Q: usize>(
     simd: S,
-    keys: &[&[bf16]],
-    queries: &[&[bf16]],
-    scores: &mut [[f32; CHUNK]],
-) {
-    let queries: &[_; Q] = queries.try_into().expect("Q queries");
-    let (tiles, rest) = keys.as_chunks::<K>();
-    for (tile, keys) in tiles.iter().enumerate() {
-        score_tile(simd, keys, queries, K * tile, scores);
-    }
-    for (index, key) in rest.iter().enumerate() {
-        score_tile(simd, &[*key], queries, K * tiles.len() + index, scores);
-    }
-}
-
-/// Scores a tile whose keys are those from number `first` on.
-#[inline(always)]
-fn score_tile<S: Simd, const K: usize, const Q: usize>(
-    simd: S,
-    keys: &[&[bf16]; K],
-    queries: &[&[bf16]; Q],
-    first: usize,
+    keys: [KeyLanes<'_>; GROUPS],
+    queries: &[bf16],
+    scale: f32,
     scores: &mut [[f32; CHUNK]],
 ) {
     simd.call(
         #[inline(always)]
         || {
-            let tile = walk(simd, keys, queries);
-            for (scores, tile) in scores.iter_mut().zip(&tile) {
-                scores[first..].iter_mut().zip(tile).for_each(|(score, &pair)| *score = simd.sum(pair));
+            let num_pairs = keys[0].len();
+            let queries = &queries.as_chunks::<PAIR>().0[..Q * num_pairs];
+            let keys = [&keys[0][..num_pairs], &keys[1][..num_pairs]];
+            let mut sums = [[simd.zero(); GROUPS]; Q];
+            for pair in 0..num_pairs {
+                let lanes = [simd.pairs(&keys[0][pair]), simd.pairs(&keys[1][pair])];
+                for q in 0..Q {
+                    for group in 0..GROUPS {
+                        let query = queries[q * num_pairs + pair];
+                        sums[q][group] = simd.dot_pairs(sums[q][group], lanes[group], query);
+                    }
+                }
+            }
+            for (scores, sums) in scores.iter_mut().zip(sums) {
+                *scores = [0.0; CHUNK];
+                for (scores, sum) in scores.as_chunks_mut::<LANE_ROWS>().0.iter_mut().zip(sums) {
+                    simd.add_scaled(scores, sum, scale);
+                }
             }
         },
     );
-}
-
-/// Walks a tile along its rows; the accumulators, `[query][key]`.
-#[inline(always)]
-fn walk<S: Simd, const K: usize, const Q: usize>(
-    simd: S,
-    keys: &[&[bf16]; K],
-    queries: &[&[bf16]; Q],
-) -> [[S::Accumulator; K]; Q] {
-    const { assert!(K <= MAX_TILE && Q <= MAX_TILE) }
-    let len = keys[0].len();
-    assert!(keys.iter().chain(queries).all(|row| row.len() == len));
-    let num_steps = len / S::STEP;
-    // SAFETY: every row has `len` elements, and each call below asks for one of its `num_steps` whole steps.
-    let load = |row: &[bf16], step: usize| unsafe { simd.load(row.as_ptr().add(step * S::STEP)) };
-    let mut tile = [[simd.zero(); K]; Q];
-    // The shorter side of the tile waits in registers while the longer passes by.
-    let mut held = [simd.load_partial(&[]); MAX_TILE];
-    for step in 0..num_steps {
-        if K <= Q {
-            (0..K).for_each(|k| held[k] = load(keys[k], step));
-            for q in 0..Q {
-                let query = load(queries[q], step);
-                (0..K).for_each(|k| tile[q][k] = simd.dot(tile[q][k], held[k], query));
-            }
-        } else {
-            (0..Q).for_each(|q| held[q] = load(queries[q], step));
-            for k in 0..K {
-                let key = load(keys[k], step);
-                (0..Q).for_each(|q| tile[q][k] = simd.dot(tile[q][k], key, held[q]));
-            }
-        }
-    }
-    let rest = num_steps * S::STEP;
-    if rest < len {
-        for k in 0..K {
-            let key = simd.load_partial(&keys[k][rest..]);
-            (0..Q)
-                .for_each(|q| tile[q][k] = simd.dot(tile[q][k], key, simd.load_partial(&queries[q][rest..])));
-        }
-    }
-    tile
-}
-
-/// Up to `N` rows, borrowed from wherever they lie.
-#[derive(Clone, Copy)]
-pub(super) struct RowList<'a, const N: usize> {
-    rows: [&'a [bf16]; N],
-    len: usize,
-}
-
-impl<'a, const N: usize> RowList<'a, N> {
-    /// Collects rows.
-    ///
-    /// # Panics
-    /// If there are more than `N`.
-    #[inline(always)]
-    pub(super) fn new(rows: impl IntoIterator<Item = &'a [bf16]>) -> Self {
-        let mut list = Self { rows: [&[]; N], len: 0 };
-        for row in rows {
-            list.rows[list.len] = row;
-            list.len += 1;
-        }
-        list
-    }
-}
-
-impl<'a, const N: usize> std::ops::Deref for RowList<'a, N> {
-    type Target = [&'a [bf16]];
-
-    #[inline(always)]
-    fn deref(&self) -> &Self::Target {
-        &self.rows[..self.len]
-    }
 }
 
 #[cfg(test)]
@@ -172,59 +87,51 @@ mod tests {
     use crate::isa::{Isa, Kernel};
 
     struct Score<'a> {
-        keys: CachedRows<'a>,
-        queries: Queries<'a>,
+        keys: [KeyLanes<'a>; GROUPS],
+        queries: &'a [bf16],
         scores: &'a mut Scores,
     }
 
     impl Kernel for Score<'_> {
         #[inline(always)]
         fn run<S: Simd>(self, simd: S) {
-            score(simd, &self.keys, &self.queries, self.scores);
+            score(simd, self.keys, self.queries, 0.5, self.scores);
         }
     }
 
-    fn run(isa: Isa, keys: &[Vec<bf16>], queries: &[Vec<bf16>]) -> Scores {
-        let mut scores = [[f32::NAN; CHUNK]; HEADS];
-        let keys = CachedRows::new(keys.iter().map(Vec::as_slice));
-        let queries = Queries::new(queries.iter().map(Vec::as_slice));
-        isa.run(Score { keys, queries, scores: &mut scores });
-        scores
+    fn rows(seed: u64, count: usize, len: usize) -> Vec<Vec<bf16>> {
+        let row = |row| (0..len as u64).map(|i| dummy_value(seed + row, i, 0.1, 1.0)).collect();
+        (0..count as u64).map(row).collect()
     }
 
-    fn rows(seed: usize, count: usize, len: usize) -> Vec<Vec<bf16>> {
-        let row = |row| (0..len as u64).map(|i| dummy_value((seed + row) as u64, i, 0.1, 1.0)).collect();
-        (0..count).map(row).collect()
+    /// As the kernel specifies it: pair by pair, first the odd feature.
+    fn expected(key: &[bf16], query: &[bf16]) -> f32 {
+        let pairs = key.chunks(PAIR).zip(query.chunks(PAIR));
+        let products = pairs.flat_map(|(key, query)| key.iter().zip(query).rev());
+        0.5 * products.fold(0.0, |sum, (k, q)| sum + k.to_f32() * q.to_f32())
     }
 
-    fn exact(key: &[bf16], query: &[bf16]) -> f64 {
-        key.iter().zip(query).map(|(k, q)| k.to_f64() * q.to_f64()).sum()
-    }
-
-    /// Rows of all lengths in tiles of all shapes: close to f64, and the bits of the pair alone.
     #[test]
-    fn a_score_has_the_same_bits_in_every_tile() {
-        for len in [1, 7, 8, 9, 16, 31, 32, 33, 64, 100, 128, 250] {
-            let (keys, queries) = (rows(len, CHUNK, len), rows(len + 100, HEADS, len));
-            for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
-                let alone = |k: usize, q: usize| run(isa, &keys[k..=k], &queries[q..=q])[0][0];
-                let expected: Vec<Vec<f32>> =
-                    (0..HEADS).map(|q| (0..CHUNK).map(|k| alone(k, q)).collect()).collect();
-                for num_keys in (1..=9).chain([17, CHUNK]) {
-                    for num_queries in 1..=HEADS {
-                        let scores = run(isa, &keys[..num_keys], &queries[..num_queries]);
-                        for (q, (scores, expected)) in
-                            scores.iter().zip(&expected).enumerate().take(num_queries)
-                        {
-                            let case = format!("{} {num_keys} x {num_queries}, length {len}", isa.name());
-                            assert_eq!(scores[..num_keys], expected[..num_keys], "{case}, query {q}");
-                        }
-                    }
+    fn scores_have_the_specified_bits_on_every_instruction_set() {
+        for head_dim in [2, 6, 32, 64, 80, 128, 256] {
+            let (keys, queries) = (rows(1, CHUNK, head_dim), rows(100, HEADS, head_dim));
+            let mut lanes = vec![RowPairs::default(); GROUPS * head_dim / PAIR];
+            for (k, key) in keys.iter().enumerate() {
+                for (pair, features) in key.as_chunks::<PAIR>().0.iter().enumerate() {
+                    lanes[k / LANE_ROWS * (head_dim / PAIR) + pair][k % LANE_ROWS] = *features;
                 }
-                for (q, scores) in expected.iter().enumerate() {
-                    for (k, score) in scores.iter().enumerate() {
-                        let error = (f64::from(*score) - exact(&keys[k], &queries[q])).abs();
-                        assert!(error < 1e-5 * len as f64, "{} length {len}: {error}", isa.name());
+            }
+            let (first, second) = lanes.split_at(head_dim / PAIR);
+            for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+                for num_queries in 1..=HEADS {
+                    let mut scores = [[f32::NAN; CHUNK]; HEADS];
+                    let flat = queries[..num_queries].concat();
+                    isa.run(Score { keys: [first, second], queries: &flat, scores: &mut scores });
+                    for (q, (query, scores)) in queries.iter().zip(&scores).enumerate().take(num_queries) {
+                        for (k, (key, score)) in keys.iter().zip(scores).enumerate() {
+                            let case = format!("{} {head_dim} features, key {k}, query {q}", isa.name());
+                            assert_eq!(score.to_bits(), expected(key, query).to_bits(), "{case}");
+                        }
                     }
                 }
             }

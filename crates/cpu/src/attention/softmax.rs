@@ -1,10 +1,13 @@
 //! The softmax of a few query heads over values that are seen a chunk at a time.
 
+use std::ops::{Deref, Range};
+
 use half::bf16;
 
+use super::CHUNK;
 use super::scores::Scores;
 use crate::kv::MAX_HEAD_DIM;
-use crate::numbers::{Element, exp};
+use crate::numbers::{Element, exp, sum_lanes};
 
 /// Query heads that are computed together.
 pub(super) const HEADS: usize = 8;
@@ -75,32 +78,45 @@ impl Softmax {
         }
     }
 
-    /// Turns a chunk's scores into weights and scales what came before to the new maximum.
+    /// Turns a chunk's scores in some lanes into weights, zeros in the others, and scales what came before to the new
+    /// maximum.
     #[inline(always)]
-    pub(super) fn take_weights(&mut self, head: usize, scores: &mut [f32], head_dim: usize) {
-        let max = scores.iter().fold(self.max[head], |max, &score| if score > max { score } else { max });
+    pub(super) fn take_weights(
+        &mut self,
+        head: usize,
+        scores: &mut [f32; CHUNK],
+        lanes: Range<usize>,
+        head_dim: usize,
+    ) {
+        scores[..lanes.start].fill(f32::NEG_INFINITY);
+        scores[lanes.end..].fill(f32::NEG_INFINITY);
+        let max = max_lanes(scores, self.max[head]);
         let scale = exp(self.max[head] - max);
         scores.iter_mut().for_each(|score| *score = exp(*score - max));
+        scores[..lanes.start].fill(0.0);
+        scores[lanes.end..].fill(0.0);
         self.max[head] = max;
-        self.sum[head] = self.sum[head] * scale + scores.iter().sum::<f32>();
+        self.sum[head] = self.sum[head] * scale + sum_lanes(&mut scores.clone());
         self.values[head][..head_dim].iter_mut().for_each(|x| *x *= scale);
     }
 
-    /// Adds a chunk's weighted values to the first heads.
+    /// Adds a chunk's values, weighted by those in the lanes from `first_lane` on, to the first heads.
     #[inline(always)]
     pub(super) fn add_values(
         &mut self,
         num_heads: usize,
         weights: &Scores,
+        first_lane: usize,
         values: &[&[bf16]],
         head_dim: usize,
     ) {
         let mut head = 0;
         while num_heads - head >= 4 {
-            self.add_values_of::<4>(head, weights, values, head_dim);
+            self.add_values_of::<4>(head, weights, first_lane, values, head_dim);
             head += 4;
         }
-        (head..num_heads).for_each(|head| self.add_values_of::<1>(head, weights, values, head_dim));
+        (head..num_heads)
+            .for_each(|head| self.add_values_of::<1>(head, weights, first_lane, values, head_dim));
     }
 
     /// Adds a chunk's weighted values to `H` heads, from `head` on.
@@ -109,15 +125,20 @@ impl Softmax {
         &mut self,
         head: usize,
         weights: &Scores,
+        first_lane: usize,
         values: &[&[bf16]],
         head_dim: usize,
     ) {
+        let mut rows = [[0.0; CHUNK]; H];
+        for (row, weights) in rows.iter_mut().zip(&weights[head..]) {
+            row[..values.len()].copy_from_slice(&weights[first_lane..first_lane + values.len()]);
+        }
         let whole = head_dim - head_dim % LANES;
         for first in (0..whole).step_by(LANES) {
-            self.add_features::<H, LANES>(head, weights, values, first);
+            self.add_features::<H, LANES>(head, &rows, values, first);
         }
         for feature in whole..head_dim {
-            self.add_features::<H, 1>(head, weights, values, feature);
+            self.add_features::<H, 1>(head, &rows, values, feature);
         }
     }
 
@@ -126,7 +147,7 @@ impl Softmax {
     fn add_features<const H: usize, const N: usize>(
         &mut self,
         head: usize,
-        weights: &Scores,
+        weights: &[[f32; CHUNK]; H],
         values: &[&[bf16]],
         first: usize,
     ) {
@@ -137,7 +158,7 @@ impl Softmax {
         for (position, value) in values.iter().enumerate() {
             let value: &[bf16] = &value[first..first + N];
             for h in 0..H {
-                let weight = weights[head + h][position];
+                let weight = weights[h][position];
                 for i in 0..N {
                     sums[h][i] += weight * Element::to_f32(value[i]);
                 }
@@ -146,5 +167,51 @@ impl Softmax {
         for (sums, values) in sums.iter().zip(&mut self.values[head..]) {
             values[first..first + N].copy_from_slice(sums);
         }
+    }
+}
+
+/// The largest of all lanes and `max`.
+#[inline(always)]
+fn max_lanes(lanes: &[f32; CHUNK], max: f32) -> f32 {
+    let mut lanes = *lanes;
+    let mut width = CHUNK / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = if lanes[i + width] > lanes[i] { lanes[i + width] } else { lanes[i] };
+        }
+        width /= 2;
+    }
+    if lanes[0] > max { lanes[0] } else { max }
+}
+
+/// The values of a chunk, borrowed from wherever they lie.
+#[derive(Clone, Copy)]
+pub(super) struct Values<'a> {
+    rows: [&'a [bf16]; CHUNK],
+    len: usize,
+}
+
+impl<'a> Values<'a> {
+    /// Collects rows.
+    ///
+    /// # Panics
+    /// If there are more than [`CHUNK`].
+    #[inline(always)]
+    pub(super) fn new(rows: impl IntoIterator<Item = &'a [bf16]>) -> Self {
+        let mut values = Self { rows: [&[]; CHUNK], len: 0 };
+        for row in rows {
+            values.rows[values.len] = row;
+            values.len += 1;
+        }
+        values
+    }
+}
+
+impl<'a> Deref for Values<'a> {
+    type Target = [&'a [bf16]];
+
+    #[inline(always)]
+    fn deref(&self) -> &Self::Target {
+        &self.rows[..self.len]
     }
 }

@@ -77,7 +77,7 @@ fn sum(term: impl Fn(usize) -> f32) -> f32 {
     for i in 0..GROUP {
         lanes[i % LANES] += term(i);
     }
-    crate::simd::sum_lanes(&mut lanes)
+    crate::numbers::sum_lanes(&mut lanes)
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@
 
 use std::arch::x86_64::*;
 
-use half::{bf16, f16};
+use half::f16;
 
 use super::{LANE_ROWS, Pair, QuadBytes, RowPairs, Simd};
 
@@ -37,38 +37,6 @@ impl Avx2 {
 }
 
 impl Simd for Avx2 {
-    /// Even and odd elements.
-    type Elements = [__m256; 2];
-    type Accumulator = __m256;
-    const STEP: usize = 16;
-    const TILE_ROWS: usize = 2;
-
-    #[inline(always)]
-    fn zero(self) -> __m256 {
-        // SAFETY: `self` proves AVX2.
-        unsafe { _mm256_setzero_ps() }
-    }
-
-    #[inline(always)]
-    unsafe fn load(self, elements: *const bf16) -> [__m256; 2] {
-        // SAFETY: `self` proves AVX2, and the caller promises 16 readable elements, 32 bytes.
-        self.split(unsafe { _mm256_loadu_si256(elements.cast()) })
-    }
-
-    #[inline(always)]
-    fn load_partial(self, elements: &[bf16]) -> [__m256; 2] {
-        let mut padded = [bf16::ZERO; Self::STEP];
-        padded[..elements.len()].copy_from_slice(elements);
-        // SAFETY: `padded` has `STEP` elements.
-        unsafe { self.load(padded.as_ptr()) }
-    }
-
-    #[inline(always)]
-    fn dot(self, sum: __m256, w: [__m256; 2], x: [__m256; 2]) -> __m256 {
-        // SAFETY: `self` proves FMA.
-        unsafe { _mm256_fmadd_ps(w[0], x[0], _mm256_fmadd_ps(w[1], x[1], sum)) }
-    }
-
     #[inline(always)]
     fn call(self, f: impl FnOnce()) {
         #[inline(never)]
@@ -86,17 +54,16 @@ impl Simd for Avx2 {
         unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(element).cast()) };
     }
 
-    #[inline(always)]
-    fn store(self, sum: __m256, lanes: &mut [f32]) {
-        assert_eq!(lanes.len(), 8);
-        // SAFETY: `self` proves AVX, and `lanes` has the 32 bytes that are written.
-        unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), sum) };
-    }
-
     /// Even and odd elements of eight rows each.
     type Pairs = [[__m256; 2]; 2];
     type Floats = [__m256; 2];
     const PAIR_TOKENS: usize = 2;
+
+    #[inline(always)]
+    fn zero(self) -> [__m256; 2] {
+        // SAFETY: `self` proves AVX2.
+        unsafe { [_mm256_setzero_ps(); 2] }
+    }
 
     #[inline(always)]
     fn pairs(self, stored: &RowPairs) -> [[__m256; 2]; 2] {
@@ -107,9 +74,14 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn dot_pairs(self, sum: [__m256; 2], w: [[__m256; 2]; 2], x: Pair) -> [__m256; 2] {
-        // SAFETY: `self` proves AVX2.
-        let x = self.split(unsafe { _mm256_set1_epi32(bytemuck::cast(x)) });
-        [self.dot(sum[0], w[0], x), self.dot(sum[1], w[1], x)]
+        // SAFETY: `self` proves AVX2 and FMA.
+        unsafe {
+            let [even, odd] = self.split(_mm256_set1_epi32(bytemuck::cast(x)));
+            [
+                _mm256_fmadd_ps(w[0][0], even, _mm256_fmadd_ps(w[0][1], odd, sum[0])),
+                _mm256_fmadd_ps(w[1][0], even, _mm256_fmadd_ps(w[1][1], odd, sum[1])),
+            ]
+        }
     }
 
     type Quads = [SignedBytes; 2];

@@ -3,7 +3,7 @@
 
 use std::arch::x86_64::*;
 
-use half::{bf16, f16};
+use half::f16;
 
 use super::{LANE_ROWS, Pair, QuadBytes, RowPairs, Simd};
 
@@ -19,41 +19,6 @@ impl Avx512Bf16 {
 }
 
 impl Simd for Avx512Bf16 {
-    type Elements = __m512i;
-    type Accumulator = __m512;
-    const STEP: usize = 32;
-    const TILE_ROWS: usize = 4;
-
-    #[inline(always)]
-    fn zero(self) -> __m512 {
-        // SAFETY: `self` proves AVX-512 F.
-        unsafe { _mm512_setzero_ps() }
-    }
-
-    #[inline(always)]
-    unsafe fn load(self, elements: *const bf16) -> __m512i {
-        // SAFETY: `self` proves AVX-512 F, and the caller promises 32 readable elements, 64 bytes.
-        unsafe { _mm512_loadu_si512(elements.cast()) }
-    }
-
-    #[inline(always)]
-    fn load_partial(self, elements: &[bf16]) -> __m512i {
-        assert!(elements.len() < Self::STEP);
-        let mask = (1u32 << elements.len()) - 1;
-        // SAFETY: `self` proves AVX-512 BW; the mask's ones are the slice's elements, and a masked load does
-        // not touch the others.
-        unsafe { _mm512_maskz_loadu_epi16(mask, elements.as_ptr().cast()) }
-    }
-
-    #[inline(always)]
-    fn dot(self, sum: __m512, w: __m512i, x: __m512i) -> __m512 {
-        // SAFETY: `self` proves AVX-512 BF16; `__m512bh` is the same 64 bytes as `__m512i`.
-        unsafe {
-            let [w, x] = [w, x].map(|elements| std::mem::transmute::<__m512i, __m512bh>(elements));
-            _mm512_dpbf16_ps(sum, w, x)
-        }
-    }
-
     #[inline(always)]
     fn call(self, f: impl FnOnce()) {
         #[inline(never)]
@@ -71,16 +36,15 @@ impl Simd for Avx512Bf16 {
         unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(element).cast()) };
     }
 
-    #[inline(always)]
-    fn store(self, sum: __m512, lanes: &mut [f32]) {
-        assert_eq!(lanes.len(), 16);
-        // SAFETY: `self` proves AVX-512 F, and `lanes` has the 64 bytes that are written.
-        unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), sum) };
-    }
-
     type Pairs = __m512i;
     type Floats = __m512;
     const PAIR_TOKENS: usize = 8;
+
+    #[inline(always)]
+    fn zero(self) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe { _mm512_setzero_ps() }
+    }
 
     #[inline(always)]
     fn pairs(self, stored: &RowPairs) -> __m512i {
@@ -90,7 +54,12 @@ impl Simd for Avx512Bf16 {
 
     #[inline(always)]
     fn dot_pairs(self, sum: __m512, w: __m512i, x: Pair) -> __m512 {
-        self.dot(sum, w, self.ints(bytemuck::cast(x)))
+        // SAFETY: `self` proves AVX-512 BF16; `__m512bh` is the same 64 bytes as `__m512i`.
+        unsafe {
+            let w = std::mem::transmute::<__m512i, __m512bh>(w);
+            let x = std::mem::transmute::<__m512i, __m512bh>(self.ints(bytemuck::cast(x)));
+            _mm512_dpbf16_ps(sum, w, x)
+        }
     }
 
     type Quads = __m512i;

@@ -4,7 +4,7 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-use half::{bf16, f16};
+use half::f16;
 
 use super::{LANE_ROWS, Pair, QuadBytes, RowPairs, Simd};
 
@@ -26,53 +26,9 @@ impl Neon<true> {
 }
 
 impl<const DOTPROD: bool> Simd for Neon<DOTPROD> {
-    /// Even and odd elements.
-    type Elements = [float32x4_t; 2];
-    type Accumulator = float32x4_t;
-    const STEP: usize = 8;
-    const TILE_ROWS: usize = 4;
-
-    #[inline(always)]
-    fn zero(self) -> float32x4_t {
-        // SAFETY: NEON is part of the architecture's baseline.
-        unsafe { vdupq_n_f32(0.0) }
-    }
-
-    #[inline(always)]
-    unsafe fn load(self, elements: *const bf16) -> [float32x4_t; 2] {
-        // SAFETY: as in `zero`, and the caller promises 8 readable elements, 16 bytes.
-        unsafe {
-            let pairs = vreinterpretq_u32_u16(vld1q_u16(elements.cast()));
-            let even = vshlq_n_u32::<16>(pairs);
-            let odd = vandq_u32(pairs, vdupq_n_u32(0xffff_0000));
-            [vreinterpretq_f32_u32(even), vreinterpretq_f32_u32(odd)]
-        }
-    }
-
-    #[inline(always)]
-    fn load_partial(self, elements: &[bf16]) -> [float32x4_t; 2] {
-        let mut padded = [bf16::ZERO; Self::STEP];
-        padded[..elements.len()].copy_from_slice(elements);
-        // SAFETY: `padded` has `STEP` elements.
-        unsafe { self.load(padded.as_ptr()) }
-    }
-
-    #[inline(always)]
-    fn dot(self, sum: float32x4_t, w: [float32x4_t; 2], x: [float32x4_t; 2]) -> float32x4_t {
-        // SAFETY: as in `zero`.
-        unsafe { vfmaq_f32(vfmaq_f32(sum, w[1], x[1]), w[0], x[0]) }
-    }
-
     #[inline(never)]
     fn call(self, f: impl FnOnce()) {
         f();
-    }
-
-    #[inline(always)]
-    fn store(self, sum: float32x4_t, lanes: &mut [f32]) {
-        assert_eq!(lanes.len(), 4);
-        // SAFETY: as in `zero`, and `lanes` has the 16 bytes that are written.
-        unsafe { vst1q_f32(lanes.as_mut_ptr(), sum) };
     }
 
     /// Even and odd elements of four rows each.
@@ -81,21 +37,30 @@ impl<const DOTPROD: bool> Simd for Neon<DOTPROD> {
     const PAIR_TOKENS: usize = 2;
 
     #[inline(always)]
+    fn zero(self) -> [float32x4_t; 4] {
+        // SAFETY: NEON is part of the architecture's baseline.
+        unsafe { [vdupq_n_f32(0.0); 4] }
+    }
+
+    #[inline(always)]
     fn pairs(self, stored: &RowPairs) -> [[float32x4_t; 2]; 4] {
-        let mut pairs = [[self.zero(); 2]; 4];
-        for (pairs, stored) in pairs.iter_mut().zip(stored.as_flattened().as_chunks::<8>().0) {
-            // SAFETY: the chunk has the 8 elements that are read.
-            *pairs = unsafe { self.load(stored.as_ptr()) };
+        let mut pairs = [[self.zero()[0]; 2]; 4];
+        for (part, pairs) in pairs.iter_mut().enumerate() {
+            // SAFETY: as in `zero`, and each part of the array has the 16 bytes that are read.
+            unsafe {
+                let stored = vld1q_u32(stored.as_ptr().cast::<u32>().add(4 * part));
+                let (even, odd) = (vshlq_n_u32::<16>(stored), vandq_u32(stored, vdupq_n_u32(0xffff_0000)));
+                *pairs = [vreinterpretq_f32_u32(even), vreinterpretq_f32_u32(odd)];
+            }
         }
         pairs
     }
 
     #[inline(always)]
     fn dot_pairs(self, mut sum: [float32x4_t; 4], w: [[float32x4_t; 2]; 4], x: Pair) -> [float32x4_t; 4] {
-        // SAFETY: NEON is part of the architecture's baseline.
-        let x = x.map(|x| unsafe { vdupq_n_f32(x.to_f32()) });
         for (sum, w) in sum.iter_mut().zip(w) {
-            *sum = self.dot(*sum, w, x);
+            // SAFETY: as in `zero`.
+            *sum = unsafe { vfmaq_n_f32(vfmaq_n_f32(*sum, w[1], x[1].to_f32()), w[0], x[0].to_f32()) };
         }
         sum
     }

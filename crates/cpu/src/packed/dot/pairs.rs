@@ -1,12 +1,10 @@
 //! bf16 weights: a pair of columns of 32 rows meets a pair of a token, and f32 takes the sums.
 
-use half::f16;
-
 use super::super::PANEL_ROWS;
 use super::super::block::Bf16Block;
 use super::{Tokens, halves};
 use crate::operand::{BF16_SPAN_BLOCKS, Bf16Rows};
-use crate::simd::{LANE_ROWS, Simd};
+use crate::simd::Simd;
 
 impl Tokens<Bf16Block> for Bf16Rows<'_> {
     const SPAN_BLOCKS: usize = BF16_SPAN_BLOCKS;
@@ -35,7 +33,7 @@ impl Tokens<Bf16Block> for Bf16Rows<'_> {
     ) {
         assert!(blocks.len() <= BF16_SPAN_BLOCKS);
         let x: &[_; T] = self.span(span)[first..].first_chunk().expect("T rows");
-        let mut partial = [[simd.floats(&[f16::ZERO; LANE_ROWS]); 2]; T];
+        let mut partial = [[simd.zero(); 2]; T];
         for (group, block) in blocks.iter().enumerate() {
             meanwhile();
             for (pair, stored) in block.pairs.iter().enumerate() {

@@ -1,13 +1,11 @@
 //! Quantised weights: a quad of columns of 32 rows meets a quad of a token, integers are summed exactly within a group
 //! of 32 columns, where the weights have one scale, and f32 takes over from there.
 
-use half::f16;
-
 use super::super::PANEL_ROWS;
 use super::super::block::{QuantisedBlock, STEPS};
 use super::{Tokens, halves};
 use crate::operand::{QuantisedRows, SPAN_GROUPS, SpanRows};
-use crate::simd::{LANE_ROWS, Simd};
+use crate::simd::Simd;
 
 impl<B: QuantisedBlock> Tokens<B> for QuantisedRows<'_> {
     const SPAN_BLOCKS: usize = SPAN_GROUPS;
@@ -38,7 +36,7 @@ impl<B: QuantisedBlock> Tokens<B> for QuantisedRows<'_> {
         let SpanRows { quads, starts, scales } = self.span(span, first..first + T);
         let quads: &[_; T] = quads.first_chunk().expect("T rows");
         let starts: &[_; T] = starts.first_chunk().expect("T rows");
-        let mut partial = [[simd.floats(&[f16::ZERO; LANE_ROWS]); 2]; T];
+        let mut partial = [[simd.zero(); 2]; T];
         for (group, block) in blocks.iter().enumerate() {
             meanwhile();
             let mut ints = [[simd.ints(0); 2]; T];
