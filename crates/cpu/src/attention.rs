@@ -207,15 +207,20 @@ impl<'a, H: CachedHead> Context<'a, H> {
         positions: &Range<usize>,
         scratch: &'s mut [KeyScratch; GROUPS],
     ) -> [KeyLanes<'s>; GROUPS] {
+        // Then a position's lane is its slot's.
         let in_place = self.block_size.is_multiple_of(LANE_ROWS);
         let mut keys: [KeyLanes<'_>; GROUPS] = [&[]; GROUPS];
         for (group, (keys, scratch)) in keys.iter_mut().zip(scratch).enumerate() {
             let start = positions.start / CHUNK * CHUNK + group * LANE_ROWS;
             let positions = positions.start.max(start)..positions.end.min(start + LANE_ROWS);
-            if !positions.is_empty() {
-                let lane = positions.start - start;
-                *keys = self.head.keys(self.slots(positions), lane, in_place, self.head_dim, scratch);
+            if positions.is_empty() {
+                continue;
             }
+            let (lane, mut slots) = (positions.start - start, self.slots(positions));
+            *keys = match in_place {
+                true => self.head.keys_beside(slots.next().expect("a slot"), self.head_dim, scratch),
+                false => self.head.keys_of(slots, lane, self.head_dim, scratch),
+            };
         }
         let any = if keys[0].is_empty() { keys[1] } else { keys[0] };
         keys.map(|group| if group.is_empty() { any } else { group })

@@ -90,14 +90,20 @@ pub(crate) fn silu(x: f32) -> f32 {
     x / (1.0 + exp(-x))
 }
 
-/// Sums lanes as a balanced tree: the upper half is added to the lower until one is left.
+/// Sums lanes as a balanced tree.
 #[inline(always)]
 pub(crate) fn sum_lanes(lanes: &mut [f32]) -> f32 {
+    fold_lanes(lanes, |lower, upper| lower + upper)
+}
+
+/// Folds lanes as a balanced tree: the upper half into the lower until one is left.
+#[inline(always)]
+pub(crate) fn fold_lanes(lanes: &mut [f32], fold: impl Fn(f32, f32) -> f32) -> f32 {
     assert!(lanes.len().is_power_of_two());
     let mut width = lanes.len() / 2;
     while width > 0 {
         for i in 0..width {
-            lanes[i] += lanes[i + width];
+            lanes[i] = fold(lanes[i], lanes[i + width]);
         }
         width /= 2;
     }

@@ -18,13 +18,15 @@ pub(super) trait CachedHead: Copy {
 
     fn value_scratch() -> Self::ValueScratch;
 
-    /// The keys of up to 16 slots side by side, the first one's in lane `lane`; of 8-bit heads before their scales. If
-    /// `in_place`, the slots are neighbours and lie in these very lanes. Other lanes may hold anything.
-    fn keys<'a>(
+    /// The keys that lie side by side with a slot's, as they lie; of 8-bit heads before their scales.
+    fn keys_beside<'a>(&'a self, slot: usize, head_dim: usize, scratch: &'a mut KeyScratch) -> KeyLanes<'a>;
+
+    /// The keys of slots from anywhere, put side by side from lane `lane` on; of 8-bit heads before their scales. Other
+    /// lanes may hold anything.
+    fn keys_of<'a>(
         &'a self,
         slots: impl Iterator<Item = usize>,
         lane: usize,
-        in_place: bool,
         head_dim: usize,
         scratch: &'a mut KeyScratch,
     ) -> KeyLanes<'a>;
@@ -84,18 +86,19 @@ impl CachedHead for Bf16Head<'_> {
     fn value_scratch() {}
 
     #[inline(always)]
-    fn keys<'a>(
+    fn keys_beside<'a>(&'a self, slot: usize, head_dim: usize, _: &'a mut KeyScratch) -> KeyLanes<'a> {
+        let (first, _) = key_place(slot, head_dim);
+        &self.keys[first..][..head_dim / PAIR]
+    }
+
+    #[inline(always)]
+    fn keys_of<'a>(
         &'a self,
-        mut slots: impl Iterator<Item = usize>,
+        slots: impl Iterator<Item = usize>,
         lane: usize,
-        in_place: bool,
         head_dim: usize,
         scratch: &'a mut KeyScratch,
     ) -> KeyLanes<'a> {
-        if in_place {
-            let (first, _) = key_place(slots.next().expect("a slot"), head_dim);
-            return &self.keys[first..][..head_dim / PAIR];
-        }
         gather(self.keys, slots, lane, head_dim, scratch, |x| x)
     }
 
@@ -126,24 +129,25 @@ impl CachedHead for Q8Head<'_> {
     }
 
     #[inline(always)]
-    fn keys<'a>(
-        &'a self,
-        mut slots: impl Iterator<Item = usize>,
-        lane: usize,
-        in_place: bool,
-        head_dim: usize,
-        scratch: &'a mut KeyScratch,
-    ) -> KeyLanes<'a> {
-        if !in_place {
-            return gather(self.keys, slots, lane, head_dim, scratch, widened);
-        }
-        let (first, _) = key_place(slots.next().expect("a slot"), head_dim);
+    fn keys_beside<'a>(&'a self, slot: usize, head_dim: usize, scratch: &'a mut KeyScratch) -> KeyLanes<'a> {
+        let (first, _) = key_place(slot, head_dim);
         let wide = &mut scratch[..head_dim / PAIR];
         for (wide, keys) in wide.iter_mut().zip(&self.keys[first..]) {
             let pairs = wide.as_flattened_mut().iter_mut().zip(keys.as_flattened());
             pairs.for_each(|(wide, &x)| *wide = widened(x));
         }
         wide
+    }
+
+    #[inline(always)]
+    fn keys_of<'a>(
+        &'a self,
+        slots: impl Iterator<Item = usize>,
+        lane: usize,
+        head_dim: usize,
+        scratch: &'a mut KeyScratch,
+    ) -> KeyLanes<'a> {
+        gather(self.keys, slots, lane, head_dim, scratch, widened)
     }
 
     #[inline(always)]

@@ -7,7 +7,7 @@ use half::bf16;
 use super::CHUNK;
 use super::scores::Scores;
 use crate::kv::MAX_HEAD_DIM;
-use crate::numbers::{Element, exp, sum_lanes};
+use crate::numbers::{Element, exp, fold_lanes, sum_lanes};
 
 /// Query heads that are computed together.
 pub(super) const HEADS: usize = 8;
@@ -90,7 +90,8 @@ impl Softmax {
     ) {
         scores[..lanes.start].fill(f32::NEG_INFINITY);
         scores[lanes.end..].fill(f32::NEG_INFINITY);
-        let max = max_lanes(scores, self.max[head]);
+        let larger = |a: f32, b: f32| if b > a { b } else { a };
+        let max = larger(self.max[head], fold_lanes(&mut scores.clone(), larger));
         let scale = exp(self.max[head] - max);
         scores.iter_mut().for_each(|score| *score = exp(*score - max));
         scores[..lanes.start].fill(0.0);
@@ -129,16 +130,12 @@ impl Softmax {
         values: &[&[bf16]],
         head_dim: usize,
     ) {
-        let mut rows = [[0.0; CHUNK]; H];
-        for (row, weights) in rows.iter_mut().zip(&weights[head..]) {
-            row[..values.len()].copy_from_slice(&weights[first_lane..first_lane + values.len()]);
-        }
         let whole = head_dim - head_dim % LANES;
         for first in (0..whole).step_by(LANES) {
-            self.add_features::<H, LANES>(head, &rows, values, first);
+            self.add_features::<H, LANES>(head, weights, first_lane, values, first);
         }
         for feature in whole..head_dim {
-            self.add_features::<H, 1>(head, &rows, values, feature);
+            self.add_features::<H, 1>(head, weights, first_lane, values, feature);
         }
     }
 
@@ -147,7 +144,8 @@ impl Softmax {
     fn add_features<const H: usize, const N: usize>(
         &mut self,
         head: usize,
-        weights: &[[f32; CHUNK]; H],
+        weights: &Scores,
+        first_lane: usize,
         values: &[&[bf16]],
         first: usize,
     ) {
@@ -155,10 +153,10 @@ impl Softmax {
         for (sums, values) in sums.iter_mut().zip(&self.values[head..]) {
             sums.copy_from_slice(&values[first..first + N]);
         }
-        for (position, value) in values.iter().enumerate() {
+        for (lane, value) in (first_lane..).zip(values) {
             let value: &[bf16] = &value[first..first + N];
             for h in 0..H {
-                let weight = weights[h][position];
+                let weight = weights[head + h][lane];
                 for i in 0..N {
                     sums[h][i] += weight * Element::to_f32(value[i]);
                 }
@@ -168,20 +166,6 @@ impl Softmax {
             values[first..first + N].copy_from_slice(sums);
         }
     }
-}
-
-/// The largest of all lanes and `max`.
-#[inline(always)]
-fn max_lanes(lanes: &[f32; CHUNK], max: f32) -> f32 {
-    let mut lanes = *lanes;
-    let mut width = CHUNK / 2;
-    while width > 0 {
-        for i in 0..width {
-            lanes[i] = if lanes[i + width] > lanes[i] { lanes[i + width] } else { lanes[i] };
-        }
-        width /= 2;
-    }
-    if lanes[0] > max { lanes[0] } else { max }
 }
 
 /// The values of a chunk, borrowed from wherever they lie.
