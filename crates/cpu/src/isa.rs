@@ -5,6 +5,8 @@
 //! inside a function that enables that set's target features, so everything inlined into it is compiled for
 //! them.
 
+#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+use crate::simd::neon::{self, Neon};
 use crate::simd::{Portable, Simd};
 
 /// An instruction set that the kernels are compiled for, from the plainest to the fastest.
@@ -16,6 +18,8 @@ pub enum Isa {
     Neon,
     /// AArch64 with dot products: the same, and `sdot` for integers.
     NeonDotprod,
+    /// AArch64 with dot products and matrix products: the same, and `smmla` for integers of several tokens.
+    NeonI8mm,
     /// x86-64 with AVX2, FMA and F16C: bf16 widened to f32, 8 lanes of fused multiply-add.
     Avx2,
     /// x86-64 with AVX-512 F, BW, BF16 and VNNI: 16 lanes of `vdpbf16ps` or `vpdpbusd`.
@@ -24,7 +28,8 @@ pub enum Isa {
 
 impl Isa {
     /// All instruction sets, the fastest last.
-    pub const ALL: [Self; 5] = [Self::Portable, Self::Neon, Self::NeonDotprod, Self::Avx2, Self::Avx512Bf16];
+    pub const ALL: [Self; 6] =
+        [Self::Portable, Self::Neon, Self::NeonDotprod, Self::NeonI8mm, Self::Avx2, Self::Avx512Bf16];
 
     /// Finds the fastest instruction set that this machine has.
     pub fn detect() -> Self {
@@ -38,8 +43,12 @@ impl Isa {
             Self::Neon => cfg!(all(target_arch = "aarch64", target_endian = "little")),
             #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
             Self::NeonDotprod => std::arch::is_aarch64_feature_detected!("dotprod"),
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Self::NeonI8mm => {
+                Self::NeonDotprod.is_available() && std::arch::is_aarch64_feature_detected!("i8mm")
+            }
             #[cfg(not(all(target_arch = "aarch64", target_endian = "little")))]
-            Self::NeonDotprod => false,
+            Self::NeonDotprod | Self::NeonI8mm => false,
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => {
                 is_x86_feature_detected!("avx2")
@@ -65,6 +74,7 @@ impl Isa {
             Self::Portable => "portable",
             Self::Neon => "neon",
             Self::NeonDotprod => "neon-dotprod",
+            Self::NeonI8mm => "neon-i8mm",
             Self::Avx2 => "avx2",
             Self::Avx512Bf16 => "avx512-bf16",
         }
@@ -80,10 +90,13 @@ impl Isa {
         match self {
             Self::Portable => kernel.run(Portable),
             #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
-            Self::Neon => kernel.run(crate::simd::Neon::<false>::new()),
+            Self::Neon => kernel.run(Neon::<{ neon::BASELINE }>::new()),
             // SAFETY: the assertion above found the feature that `run_neon_dotprod` enables.
             #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
             Self::NeonDotprod => unsafe { run_neon_dotprod(kernel) },
+            // SAFETY: the assertion above found the features that `run_neon_i8mm` enables.
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Self::NeonI8mm => unsafe { run_neon_i8mm(kernel) },
             // SAFETY: the assertion above found the features that `run_avx2` enables.
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => unsafe { run_avx2(kernel) },
@@ -108,7 +121,13 @@ pub(crate) trait Kernel {
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 #[target_feature(enable = "dotprod")]
 fn run_neon_dotprod<K: Kernel>(kernel: K) {
-    kernel.run(crate::simd::Neon::<true>::new());
+    kernel.run(Neon::<{ neon::DOTPROD }>::new());
+}
+
+#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+#[target_feature(enable = "dotprod,i8mm")]
+fn run_neon_i8mm<K: Kernel>(kernel: K) {
+    kernel.run(Neon::<{ neon::I8MM }>::new());
 }
 
 #[cfg(target_arch = "x86_64")]

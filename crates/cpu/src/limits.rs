@@ -99,6 +99,7 @@ impl Kernel for Dot<'_> {
             (false, 8) => walk_pairs::<S, 16>(simd),
             (false, _) => walk_pairs::<S, 5>(simd),
             (true, 8) => walk_quads::<S, 16>(simd),
+            (true, _) if S::QUAD_HALVES == 1 => walk_quads::<S, 6>(simd),
             (true, _) => walk_quads::<S, 5>(simd),
         };
         self.operations.fetch_add(operations as u64, Ordering::Relaxed);
@@ -125,15 +126,18 @@ fn walk_pairs<S: Simd, const CHAINS: usize>(simd: S) -> usize {
     2 * LANE_ROWS * PAIR * CHAINS * DOT_STEPS
 }
 
-/// As [`walk_pairs`], with quads of bytes.
+/// As [`walk_pairs`], with quads of bytes, the sums being those of as many tokens.
 #[inline(always)]
 fn walk_quads<S: Simd, const CHAINS: usize>(simd: S) -> usize {
     let (w, x) = (simd.bytes(&black_box([129; LANE_ROWS * QUAD])), black_box(0x0101_0101));
-    let mut sums: [S::Ints; CHAINS] = std::array::from_fn(|chain| simd.ints(chain as i32));
-    for _ in 0..DOT_STEPS {
-        for sum in &mut sums {
-            *sum = simd.dot_quads(*sum, w, x);
-        }
+    let mut sums: [[S::Ints; 1]; CHAINS] = std::array::from_fn(|chain| [simd.ints(chain as i32)]);
+    for _ in 0..DOT_STEPS / 2 {
+        simd.dot_two_quads(
+            &mut sums,
+            [[w; 2]],
+            #[inline(always)]
+            |_| [x; 2],
+        );
     }
     black_box(sums);
     2 * LANE_ROWS * QUAD * CHAINS * DOT_STEPS

@@ -36,15 +36,13 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
-mod neon;
+pub(crate) mod neon;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512Bf16;
 use half::{bf16, f16};
-#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
-pub(crate) use neon::Neon;
 pub(crate) use portable::Portable;
 
 /// Rows of weights whose sums advance together, one per lane.
@@ -92,8 +90,12 @@ pub(crate) trait Simd: Copy {
     type Quads: Copy;
     /// A running integer dot product of each row.
     type Ints: Copy;
-    /// Tokens of a tile of two times [`LANE_ROWS`] rows of quads, as many as the registers hold sums for: up to 8.
+    /// Tokens of a tile of [`QUAD_HALVES`](Self::QUAD_HALVES) times [`LANE_ROWS`] rows of quads, as many as the registers
+    /// hold sums for: up to 8.
     const QUAD_TOKENS: usize;
+    /// How many of the two halves of a panel a tile of quads has: with one, the other is walked after it, and more
+    /// tokens share what is done for its weights.
+    const QUAD_HALVES: usize = 2;
     /// Whether weights are multiplied as stored, so that a sum must start at `-offset · Σ x`; otherwise the offset
     /// is taken off the weights.
     const MULTIPLIES_STORED: bool;
@@ -109,6 +111,30 @@ pub(crate) trait Simd: Copy {
 
     /// Adds the product of every row's quad with `x`, four bytes of `-127..=127` in the order of memory.
     fn dot_quads(self, sum: Self::Ints, w: Self::Quads, x: i32) -> Self::Ints;
+
+    /// Adds to `sums[t][half]` the products of two quads of every row of the half with those of token `t`, `x(t)`.
+    ///
+    /// Until [`Self::by_token`] the sums of neighbouring tokens may be mixed, so they begin equal in all lanes, and in
+    /// all tokens unless [`Self::MULTIPLIES_STORED`].
+    #[inline(always)]
+    fn dot_two_quads<const T: usize, const HALVES: usize>(
+        self,
+        sums: &mut [[Self::Ints; HALVES]; T],
+        w: [[Self::Quads; 2]; HALVES],
+        x: impl Fn(usize) -> [i32; 2],
+    ) {
+        for (t, sums) in sums.iter_mut().enumerate() {
+            let x = x(t);
+            for (sum, w) in sums.iter_mut().zip(w) {
+                *sum = self.dot_quads(*sum, w[0], x[0]);
+                *sum = self.dot_quads(*sum, w[1], x[1]);
+            }
+        }
+    }
+
+    /// Puts the sums of [`Self::dot_two_quads`] where [`Self::dot_quads`] has them.
+    #[inline(always)]
+    fn by_token<const T: usize, const HALVES: usize>(self, _: &mut [[Self::Ints; HALVES]; T]) {}
 
     /// Widens a scale of each row.
     fn floats(self, halves: &[f16; LANE_ROWS]) -> Self::Floats;

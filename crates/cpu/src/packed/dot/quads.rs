@@ -33,40 +33,64 @@ impl<B: QuantisedBlock> Tokens<B> for QuantisedRows<'_> {
         sums: &mut [[f32; PANEL_ROWS]; T],
     ) {
         assert!(blocks.len() <= SPAN_GROUPS);
-        let SpanRows { quads, starts, scales } = self.span(span, first..first + T);
-        let quads: &[_; T] = quads.first_chunk().expect("T rows");
-        let starts: &[_; T] = starts.first_chunk().expect("T rows");
-        let mut partial = [[simd.zero(); 2]; T];
-        for (group, block) in blocks.iter().enumerate() {
-            meanwhile();
-            let mut ints = [[simd.ints(0); 2]; T];
-            if S::MULTIPLIES_STORED {
-                for t in 0..T {
-                    ints[t] = [simd.ints(starts[t][group]); 2];
+        let rows = self.span(span, first..first + T);
+        match S::QUAD_HALVES {
+            1 => {
+                for half in 0..2 {
+                    walk_halves::<S, B, T, 1>(simd, blocks, rows, half, &mut meanwhile, sums);
                 }
             }
-            for step in 0..STEPS {
-                let weights = [block.quads(simd, step, 0), block.quads(simd, step, 1)];
-                for t in 0..T {
-                    let quads = [quads[t][group][step], quads[t][group][step + STEPS]];
-                    for half in 0..2 {
-                        ints[t][half] = simd.dot_quads(ints[t][half], weights[half][0], quads[0]);
-                        ints[t][half] = simd.dot_quads(ints[t][half], weights[half][1], quads[1]);
-                    }
-                }
-            }
-            let block_scales = block.scales();
-            for half in 0..2 {
-                let scale = simd.floats(&block_scales[half]);
-                for t in 0..T {
-                    partial[t][half] = simd.add(partial[t][half], simd.scaled(ints[t][half], scale));
-                }
+            _ => walk_halves::<S, B, T, 2>(simd, blocks, rows, 0, meanwhile, sums),
+        }
+    }
+}
+
+/// Walks `HALVES` halves of a panel from one on.
+#[inline(always)]
+fn walk_halves<S: Simd, B: QuantisedBlock, const T: usize, const HALVES: usize>(
+    simd: S,
+    blocks: &[B],
+    SpanRows { quads, starts, scales }: SpanRows<'_>,
+    first_half: usize,
+    mut meanwhile: impl FnMut(),
+    sums: &mut [[f32; PANEL_ROWS]; T],
+) {
+    let quads: &[_; T] = quads.first_chunk().expect("T rows");
+    let starts: &[_; T] = starts.first_chunk().expect("T rows");
+    let mut partial = [[simd.zero(); HALVES]; T];
+    for (group, block) in blocks.iter().enumerate() {
+        meanwhile();
+        let mut ints = [[simd.ints(0); HALVES]; T];
+        if S::MULTIPLIES_STORED {
+            for t in 0..T {
+                ints[t] = [simd.ints(starts[t][group]); HALVES];
             }
         }
-        for t in 0..T {
-            for (half, out) in halves(&mut sums[t]).into_iter().enumerate() {
-                simd.add_scaled(out, partial[t][half], scales[t]);
+        for step in 0..STEPS {
+            let mut weights = [block.quads(simd, step, first_half); HALVES];
+            for (half, weights) in weights.iter_mut().enumerate().skip(1) {
+                *weights = block.quads(simd, step, first_half + half);
             }
+            simd.dot_two_quads(
+                &mut ints,
+                weights,
+                #[inline(always)]
+                |t| [quads[t][group][step], quads[t][group][step + STEPS]],
+            );
+        }
+        simd.by_token(&mut ints);
+        let block_scales = block.scales();
+        for half in 0..HALVES {
+            let scale = simd.floats(&block_scales[first_half + half]);
+            for t in 0..T {
+                partial[t][half] = simd.add(partial[t][half], simd.scaled(ints[t][half], scale));
+            }
+        }
+    }
+    for t in 0..T {
+        let halves = halves(&mut sums[t]).into_iter().skip(first_half);
+        for (out, partial) in halves.zip(partial[t]) {
+            simd.add_scaled(out, partial, scales[t]);
         }
     }
 }
