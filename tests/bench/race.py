@@ -78,6 +78,8 @@ SLACK = 256
 SERVER_CONTEXT = 512
 # Words that are sent to learn how many tokens a word is, as `windrose bench serve` does.
 SAMPLE_WORDS = 512
+# Of a seed that no round has: a server may keep what it has read.
+SAMPLE_SEED = 1 << 32
 TIMEOUT_S = 3600
 
 
@@ -91,8 +93,12 @@ def main() -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     with tempfile.TemporaryDirectory() as scratch:
         race = Race(options, Path(scratch))
-        race.run()
-    rounds = f"{options.rounds} round{'s' * (options.rounds > 1)}"
+        rounds = f"{options.rounds} round{'s' * (options.rounds > 1)}"
+        try:
+            race.run()
+        except KeyboardInterrupt:
+            # Hours of measurements are not thrown away.
+            rounds += ", cut short"
     heading = f"{processor()}, {options.threads} threads, {date.today()}, {rounds}."
     page = race.results.page(heading, race.jobs)
     print(page)
@@ -233,7 +239,7 @@ class Race:
             *("--num-seqs", ",".join(map(str, job.num_seqs)), "--repetitions", 1),
             *("--seed", round_index, "--json", "-"),
         )
-        return read_ours(json.loads(done.stdout), job)
+        return read_ours(json.loads(done.stdout), job, contender.weights != "bf16")
 
     def measure_peer(self, contender: Contender, job: Job, _: int) -> dict[str, float]:
         engine, threads = contender.engine, self.options.threads
@@ -322,7 +328,7 @@ class Race:
     def words_of_prompt(self, url: str, load: Load) -> int:
         if load.model not in self.num_words:
             lengths = (load.prompt_len, 1)
-            report = self.ask(url, 8, SAMPLE_WORDS // load.prompt_len, lengths, 0)
+            report = self.ask(url, 8, SAMPLE_WORDS // load.prompt_len, lengths, SAMPLE_SEED)
             # Without the token that starts every text.
             num_tokens = report["num_prompt_tokens"] / report["num_ok"] - 1
             self.num_words[load.model] = round(load.prompt_len**2 / num_tokens)
@@ -374,7 +380,7 @@ class Race:
             print(f"{'':8} failed: {error}", file=sys.stderr, flush=True)
 
 
-def read_ours(report: dict, job: Job) -> dict[str, float]:
+def read_ours(report: dict, job: Job, is_quantised: bool) -> dict[str, float]:
     """The columns of `windrose bench --json`, and the machine's limits."""
     figures = {}
     for row in report["results"]:
@@ -384,7 +390,7 @@ def read_ours(report: dict, job: Job) -> dict[str, float]:
             figures[share(column)] = row["read_share"]
     limits = (report["limits_before"], report["limits_after"])
     figures[READ] = max(limit["read_bytes_per_s"] for limit in limits) / 1e9
-    figures[DOT] = max(limit["dot_flop_per_s"] for limit in limits) / 1e9
+    figures[DOT[is_quantised]] = max(limit["dot_flop_per_s"] for limit in limits) / 1e9
     return figures
 
 

@@ -15,7 +15,7 @@ WEIGHTS = ("BF16", "Q8_0", "Q4_0", "Q4_K_M")
 # What a format of ours is compared with: equal or more bits per weight.
 RIVALS = {"bf16": ("BF16",), "q8": ("BF16", "Q8_0"), "q4": WEIGHTS}
 
-READ, DOT = "GB/s read", "GFLOP/s in bf16 dot products"
+READ, DOT = "GB/s read", {False: "GFLOP/s of bf16", True: "GOP/s of 8-bit integers"}
 OUTPUT, REQUESTS, TTFT = "output tokens/s", "requests/s", "TTFT p50 ms"
 PROMPT = "tokens of a prompt"
 
@@ -211,7 +211,7 @@ class Results:
         """The machine's limits, of all rounds."""
         values = {
             column: [record.value for record in self.records if record.column == column]
-            for column in (READ, DOT)
+            for column in (READ, *DOT.values())
         }
         return ", ".join(f"{summary(of)} {column}" for column, of in values.items())
 
