@@ -30,7 +30,7 @@ pub struct Batch {
     pub block_tables: Vec<u32>,
     /// `[num_seqs + 1]` offset of each sequence's first entry in `block_tables`.
     pub block_table_start_loc: Vec<u32>,
-    /// `[num_logits]` indices of the tokens whose logits are wanted, ascending.
+    /// `[num_logits]` indices of the tokens whose logits are wanted, ascending, each once.
     pub logits_indices: Vec<u32>,
 }
 
@@ -156,7 +156,7 @@ impl Batch {
         assert_eq!(self.query_start_loc.last().map(|&n| n as usize), Some(num_tokens));
         assert!(self.block_tables.iter().all(|&block| block < num_blocks));
         assert!(self.slot_mapping.iter().all(|&slot| slot / block_size < num_blocks));
-        assert!(self.logits_indices.is_sorted());
+        assert!(self.logits_indices.is_sorted_by(|a, b| a < b));
         assert!(self.logits_indices.iter().all(|&row| (row as usize) < num_tokens));
         for seq_index in 0..self.num_seqs() {
             let query = self.query_range(seq_index);

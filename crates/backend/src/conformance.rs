@@ -210,20 +210,28 @@ fn check_embed_and_gather<B: Backend>(backend: &mut B) {
     let (vocab, features) = (23, 40);
     let table = Values(4).weight(vocab, features);
     let mut batch = fresh_batch(&[5, 1, 7], 4, vocab as u32);
-    batch.logits_indices = vec![4, 5, 12];
-    let got = embed_and_gather(backend, &batch, &table);
-    assert_eq!(got, embed_and_gather(&mut Reference::new(), &batch, &table), "embed, gather_rows");
+    for logits_indices in [vec![4, 5, 12], vec![]] {
+        batch.logits_indices = logits_indices;
+        let got = embed_and_gather(backend, &batch, &table);
+        assert_eq!(got, embed_and_gather(&mut Reference::new(), &batch, &table), "embed, gather_rows");
+    }
 }
 
-fn embed_and_gather<B: Backend>(backend: &mut B, batch: &Batch, table: &WeightView) -> [Vec<f32>; 2] {
+/// The embedded tokens; the wanted rows of them; the wanted rows of a bf16 tensor with the same values.
+fn embed_and_gather<B: Backend>(backend: &mut B, batch: &Batch, table: &WeightView) -> [Vec<f32>; 3] {
+    let (num_tokens, num_logits) = (batch.num_tokens(), batch.logits_indices.len());
     let matrix = backend.matrix(std::slice::from_ref(table), MatrixUse::Lookup).unwrap();
-    let mut embedded = backend.tensor(batch.num_tokens(), table.cols, DType::F32).unwrap();
-    let mut gathered = backend.tensor(batch.logits_indices.len(), table.cols, DType::F32).unwrap();
+    let mut embedded = backend.tensor(num_tokens, table.cols, DType::F32).unwrap();
+    let mut gathered = backend.tensor(num_logits, table.cols, DType::F32).unwrap();
+    let mut gathered_bf16 = backend.tensor(num_logits, table.cols, DType::Bf16).unwrap();
+    run_step(backend, batch, |backend| backend.embed(&matrix, &mut embedded));
+    let embedded_values = backend.download(&embedded, num_tokens);
+    let embedded_bf16 = filled(backend, table.cols, DType::Bf16, &embedded_values);
     run_step(backend, batch, |backend| {
-        backend.embed(&matrix, &mut embedded);
         backend.gather_rows(&embedded, &mut gathered);
+        backend.gather_rows(&embedded_bf16, &mut gathered_bf16);
     });
-    [backend.download(&embedded, batch.num_tokens()), backend.download(&gathered, batch.logits_indices.len())]
+    [embedded_values, backend.download(&gathered, num_logits), backend.download(&gathered_bf16, num_logits)]
 }
 
 /// Routes `x` `[tokens, hidden]`.
@@ -239,7 +247,7 @@ fn route<B: Backend>(
     let router = router.map(|router| backend.matrix(std::slice::from_ref(router), MatrixUse::Exact).unwrap());
     let mut routing = backend.routing(tokens, shape).unwrap();
     run_step(backend, &fresh_batch(&vec![1; tokens], 4, 8), |backend| {
-        backend.route(&x, router.as_ref(), &mut routing);
+        backend.route(&x, router.as_ref(), &mut routing, tokens);
     });
     backend.read_routing(&routing)
 }
@@ -296,19 +304,25 @@ impl ExpertsCase {
     /// The activations `[tokens × top_k, ffn]` and the layer's output `[tokens, hidden]` for rows of `x`.
     fn run<B: Backend>(&self, backend: &mut B, x: &[f32]) -> [Vec<f32>; 2] {
         let tokens = x.len() / self.hidden;
+        self.run_some(backend, x, tokens)
+    }
+
+    /// The same for the first `rows` rows of `x`, in a step of as many tokens as `x` has rows.
+    fn run_some<B: Backend>(&self, backend: &mut B, x: &[f32], rows: usize) -> [Vec<f32>; 2] {
+        let tokens = x.len() / self.hidden;
         let x = filled(backend, self.hidden, DType::Bf16, x);
         let router = backend.matrix(std::slice::from_ref(&self.router), MatrixUse::Exact).unwrap();
         let experts = backend.experts(&self.experts).unwrap();
         let mut routing = backend.routing(tokens, self.shape).unwrap();
-        let assignments = tokens * self.shape.top_k;
-        let mut act = backend.tensor(assignments, self.ffn, DType::Bf16).unwrap();
+        let assignments = rows * self.shape.top_k;
+        let mut act = backend.tensor(tokens * self.shape.top_k, self.ffn, DType::Bf16).unwrap();
         let mut out = backend.tensor(tokens, self.hidden, DType::F32).unwrap();
         run_step(backend, &fresh_batch(&vec![1; tokens], 4, 8), |backend| {
-            backend.route(&x, Some(&router), &mut routing);
+            backend.route(&x, Some(&router), &mut routing, rows);
             backend.experts_gate_up(&x, &experts, &routing, &mut act);
             backend.experts_down(&act, &experts, &routing, &mut out);
         });
-        [backend.download(&act, assignments), backend.download(&out, tokens)]
+        [backend.download(&act, assignments), backend.download(&out, rows)]
     }
 }
 
@@ -334,6 +348,10 @@ fn check_experts<B: Backend>(backend: &mut B, quantisation: f32) {
         let tolerance = (BF16_TOLERANCE + quantisation) * rms;
         assert!(worst <= tolerance, "experts_down {name}: {worst} off at root mean square {rms}");
 
+        for rows in [0, tokens / 2] {
+            let [_, some] = case.run_some(backend, &case.x, rows);
+            assert_eq!(some, out[..rows * hidden], "experts {name}: the first {rows} rows alone");
+        }
         for token in 0..tokens {
             let [_, alone] = case.run(backend, &case.x[token * hidden..][..hidden]);
             assert_eq!(

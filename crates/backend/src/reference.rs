@@ -238,9 +238,9 @@ impl Backend for Reference {
         }
     }
 
-    fn route(&mut self, x: &Tensor, router: Option<&Matrix>, routing: &mut Routing) {
+    fn route(&mut self, x: &Tensor, router: Option<&Matrix>, routing: &mut Routing, rows: usize) {
         routing.clear();
-        for row in 0..self.batch.num_tokens() {
+        for row in 0..rows {
             match router {
                 Some(router) => routing.push_token(&router.apply(x.row(row)).collect::<Vec<_>>()),
                 None => routing.push_token(&[0.0]),

@@ -112,7 +112,7 @@ pub struct ExpertsView {
 /// A device that can run a transformer with routed experts.
 ///
 /// `rows` is the number of leading rows of its tensors that a verb works on; it is `num_tokens` or
-/// `num_logits` of the step's [`StepShape`]. A verb panics if a tensor's shape or dtype does not fit.
+/// `num_logits` of the step's [`StepShape`], which may be zero. A verb panics if a tensor's shape or dtype does not fit.
 pub trait Backend: Send + 'static {
     /// Activations `[max_rows, features]` of one [`DType`], allocated at start.
     type Tensor: Send;
@@ -239,11 +239,17 @@ pub trait Backend: Send + 'static {
     /// Source: Attention Is All You Need (arXiv 1706.03762), GQA (2305.13245), paging (2309.06180).
     fn attention(&mut self, q: &Self::Tensor, kv: &Self::KvCache, out: &mut Self::Tensor);
 
-    /// Routes every token: `Routing::push_token` on the f32 logits `x · routerᵀ`, then `group_by_expert`.
+    /// Routes every row: `Routing::push_token` on the f32 logits `x · routerᵀ`, then `group_by_expert`.
     ///
-    /// `router` is `[num_experts, hidden]`, made for [`MatrixUse::Exact`]. With `None` the layer is dense: every token goes to expert 0 with
-    /// weight 1.
-    fn route(&mut self, x: &Self::Tensor, router: Option<&Self::Matrix>, routing: &mut Self::Routing);
+    /// `router` is `[num_experts, hidden]`, made for [`MatrixUse::Exact`]. With `None` the layer is dense: every
+    /// row goes to expert 0 with weight 1. The experts then work on as many tokens as were routed here.
+    fn route(
+        &mut self,
+        x: &Self::Tensor,
+        router: Option<&Self::Matrix>,
+        routing: &mut Self::Routing,
+        rows: usize,
+    );
 
     /// `act[r] = silu(gate_e · x_t) * (up_e · x_t)` for every row `r` of the permutation, token `t` on expert
     /// `e`; `x` bf16 `[tokens, hidden]`, products f32, `act` bf16 `[tokens × top_k, ffn]` in permutation order.
@@ -267,7 +273,7 @@ pub trait Backend: Send + 'static {
         out: &mut Self::Tensor,
     );
 
-    /// `out[i] = x[logits_indices[i]]`, both f32.
+    /// `out[i] = x[logits_indices[i]]`, both of the same dtype.
     fn gather_rows(&mut self, x: &Self::Tensor, out: &mut Self::Tensor);
 
     /// Takes one token per row of f32 logits `[num_logits, vocab]`, as [`crate::sampling::sample_row`] does.

@@ -84,13 +84,13 @@ impl Kernel for AddRmsNorm<'_> {
 }
 
 /// `out[i] = x[indices[i]]`.
-pub(crate) struct GatherRows<'a> {
-    pub(crate) x: Rows<'a, f32>,
+pub(crate) struct GatherRows<'a, E> {
+    pub(crate) x: Rows<'a, E>,
     pub(crate) indices: &'a [u32],
-    pub(crate) out: Tile<'a, f32>,
+    pub(crate) out: Tile<'a, E>,
 }
 
-impl Kernel for GatherRows<'_> {
+impl<E: Element> Kernel for GatherRows<'_, E> {
     #[inline(always)]
     fn run<S: Simd>(mut self, _: S) {
         for row in self.out.rows() {

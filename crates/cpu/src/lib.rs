@@ -186,6 +186,13 @@ fn linear<E: Element>(cpu: &mut Cpu, x: &Tensor, weight: &Matrix, out: &mut [E])
     });
 }
 
+/// Copies the rows whose logits are wanted.
+fn gather_rows<E: Element>(cpu: &mut Cpu, x: Rows<'_, E>, out: &mut [E]) {
+    let (isa, indices) = (cpu.isa, &cpu.batch.logits_indices[..]);
+    let grid = Grid::row_bands(out, x.features(), cpu.band_rows(indices.len(), x.features()));
+    cpu.team.for_each(grid, |out| isa.run(GatherRows { x, indices, out }));
+}
+
 impl Backend for Cpu {
     type Tensor = Tensor;
     type Vector = Vec<f32>;
@@ -361,19 +368,21 @@ impl Backend for Cpu {
         team.for_each(grid, |out| isa.run(Attention { inputs, out }));
     }
 
-    fn route(&mut self, x: &Tensor, router: Option<&Matrix>, routing: &mut Routing) {
-        let num_tokens = self.batch.num_tokens();
+    fn route(&mut self, x: &Tensor, router: Option<&Matrix>, routing: &mut Routing, rows: usize) {
         if let Some(router) = router {
-            self.linear(x, router, &mut routing.logits, num_tokens);
+            self.linear(x, router, &mut routing.logits, rows);
         }
         let logits = routing.logits.f32();
         routing.routing.clear();
-        (0..num_tokens).for_each(|token| routing.routing.push_token(logits.row(token)));
+        (0..rows).for_each(|row| routing.routing.push_token(logits.row(row)));
         routing.routing.group_by_expert();
     }
 
     fn experts_gate_up(&mut self, x: &Tensor, experts: &Experts, routing: &Routing, act: &mut Tensor) {
         let (gate, routing, features) = (&experts.gate[0], &routing.routing, act.features());
+        if routing.num_rows() == 0 {
+            return;
+        }
         let band_cols = self.band_cols(gate, routing.mean_rows());
         let Self { isa, ref mut team, ref mut scratch, .. } = *self;
         let x = scratch.operand(x, Order::Gathered(routing), routing.num_rows(), gate.panels(), isa, team);
@@ -383,6 +392,9 @@ impl Backend for Cpu {
 
     fn experts_down(&mut self, act: &Tensor, experts: &Experts, routing: &Routing, out: &mut Tensor) {
         let (down, routing, features) = (&experts.down[0], &routing.routing, out.features());
+        if routing.num_rows() == 0 {
+            return;
+        }
         let band_cols = self.band_cols(down, routing.mean_rows());
         let Self { isa, ref mut team, ref mut scratch, .. } = *self;
         let act = scratch.operand(act, Order::Given, routing.num_rows(), down.panels(), isa, team);
@@ -392,10 +404,11 @@ impl Backend for Cpu {
 
     fn gather_rows(&mut self, x: &Tensor, out: &mut Tensor) {
         assert_eq!(x.features(), out.features());
-        let (isa, x, indices, features) = (self.isa, x.f32(), &self.batch.logits_indices[..], out.features());
-        let band_rows = self.band_rows(indices.len(), features);
-        let grid = Grid::row_bands(out.f32_mut(indices.len()), features, band_rows);
-        self.team.for_each(grid, |out| isa.run(GatherRows { x, indices, out }));
+        let rows = self.batch.logits_indices.len();
+        match out.values {
+            Values::Bf16(_) => gather_rows(self, x.bf16(), out.bf16_mut(rows)),
+            Values::F32(_) => gather_rows(self, x.f32(), out.f32_mut(rows)),
+        }
     }
 
     fn sample(&mut self, logits: &Tensor, rows: &[SampleRow<'_>]) {

@@ -51,7 +51,8 @@ pub struct Stats {
     pub num_accepted: u64,
     /// Choices ended, by [`FinishReason::index`].
     pub finished: [u64; FinishReason::COUNT],
-    /// `[num_layers, num_experts]` tokens that each expert got.
+    /// `[num_layers, num_experts]` tokens that each expert computed; the last layer's compute those whose logits are
+    /// wanted.
     pub expert_tokens: Vec<u64>,
 }
 

@@ -2,6 +2,9 @@
 //!
 //! A layer is nine calls; the dense siblings are the same layer with one expert and no router. The pass allocates
 //! nothing and reads nothing back, so a backend may record it and replay the recording.
+//!
+//! Of the last layer, tokens whose logits nobody wants leave their keys and values, and no more: what comes after its
+//! attention feeds nothing but their own logits. In a prompt that is all tokens but one.
 
 use backend::{Backend, DType, MatrixUse, RopeTable, StepShape};
 
@@ -43,10 +46,10 @@ pub(crate) struct Workspace<B: Backend> {
     attended: B::Tensor,
     /// bf16 `[tokens × top_k, ffn]`.
     act: B::Tensor,
-    /// f32 `[logits, hidden]`.
-    last: B::Tensor,
-    /// bf16 `[logits, hidden]`.
-    last_normed: B::Tensor,
+    /// f32 `[logits, hidden]`: the rows of `residual` whose logits are wanted.
+    last_residual: B::Tensor,
+    /// bf16 `[logits, q]`: the same rows of `attended`.
+    last_attended: B::Tensor,
     /// f32 `[logits, vocab]`.
     pub(crate) logits: B::Tensor,
     /// Per layer.
@@ -90,48 +93,41 @@ impl<B: Backend> Mixtral<B> {
 
     /// One step's tokens to logits: embeds, runs every layer, projects the rows whose logits are wanted.
     pub(crate) fn forward(&self, backend: &mut B, shape: StepShape, w: &mut Workspace<B>) {
-        let rows = shape.num_tokens;
         backend.embed(&self.embedding, &mut w.residual);
-        for (index, layer) in self.layers.iter().enumerate() {
-            if index == 0 {
-                backend.rms_norm(&w.residual, &layer.input_norm, self.eps, &mut w.normed, rows);
-            } else {
-                backend.add_rms_norm(
-                    &mut w.residual,
-                    &w.delta,
-                    &layer.input_norm,
-                    self.eps,
-                    &mut w.normed,
-                    rows,
-                );
-            }
-            self.forward_layer(backend, layer, index, rows, w);
+        let first_norm = &self.layers[0].input_norm;
+        backend.rms_norm(&w.residual, first_norm, self.eps, &mut w.normed, shape.num_tokens);
+        for index in 0..self.layers.len() {
+            self.forward_layer(backend, index, shape, w);
         }
-        backend.add(&mut w.residual, &w.delta, rows);
-        backend.gather_rows(&w.residual, &mut w.last);
-        backend.rms_norm(&w.last, &self.norm, self.eps, &mut w.last_normed, shape.num_logits);
-        backend.linear(&w.last_normed, &self.lm_head, &mut w.logits, shape.num_logits);
+        backend.linear(&w.normed, &self.lm_head, &mut w.logits, shape.num_logits);
     }
 
-    /// From the layer's normed input to `delta`, what its experts add to the residual.
-    fn forward_layer(
-        &self,
-        backend: &mut B,
-        layer: &Layer<B>,
-        index: usize,
-        rows: usize,
-        w: &mut Workspace<B>,
-    ) {
+    /// One layer, from its normed input in `normed` to that of the next one, or of the head.
+    ///
+    /// The last layer goes on after its attention with the rows whose logits are wanted, so its routing has
+    /// `num_logits` tokens.
+    fn forward_layer(&self, backend: &mut B, index: usize, shape: StepShape, w: &mut Workspace<B>) {
+        let layer = &self.layers[index];
         let (kv, routing) = (&mut w.kv[index], &mut w.routings[index]);
-        backend.linear(&w.normed, &layer.qkv, &mut w.qkv, rows);
+        backend.linear(&w.normed, &layer.qkv, &mut w.qkv, shape.num_tokens);
         backend.rope_store_kv(&w.qkv, &self.rope, &mut w.queries, kv);
         backend.attention(&w.queries, kv, &mut w.attended);
-        backend.linear(&w.attended, &layer.o, &mut w.delta, rows);
+
+        let (residual, attended, rows, next_norm) = match self.layers.get(index + 1) {
+            Some(next) => (&mut w.residual, &w.attended, shape.num_tokens, &next.input_norm),
+            None => {
+                backend.gather_rows(&w.residual, &mut w.last_residual);
+                backend.gather_rows(&w.attended, &mut w.last_attended);
+                (&mut w.last_residual, &w.last_attended, shape.num_logits, &self.norm)
+            }
+        };
+        backend.linear(attended, &layer.o, &mut w.delta, rows);
         let norm = &layer.post_attention_norm;
-        backend.add_rms_norm(&mut w.residual, &w.delta, norm, self.eps, &mut w.normed, rows);
-        backend.route(&w.normed, layer.router.as_ref(), routing);
+        backend.add_rms_norm(residual, &w.delta, norm, self.eps, &mut w.normed, rows);
+        backend.route(&w.normed, layer.router.as_ref(), routing, rows);
         backend.experts_gate_up(&w.normed, &layer.experts, routing, &mut w.act);
         backend.experts_down(&w.act, &layer.experts, routing, &mut w.delta);
+        backend.add_rms_norm(residual, &w.delta, next_norm, self.eps, &mut w.normed, rows);
     }
 }
 
@@ -173,8 +169,8 @@ impl<B: Backend> Workspace<B> {
             queries: backend.tensor(tokens, q, DType::Bf16)?,
             attended: backend.tensor(tokens, q, DType::Bf16)?,
             act: backend.tensor(tokens * config.route.top_k, config.ffn_size, DType::Bf16)?,
-            last: backend.tensor(logits, hidden, DType::F32)?,
-            last_normed: backend.tensor(logits, hidden, DType::Bf16)?,
+            last_residual: backend.tensor(logits, hidden, DType::F32)?,
+            last_attended: backend.tensor(logits, q, DType::Bf16)?,
             logits: backend.tensor(logits, config.vocab_size, DType::F32)?,
             kv: (0..config.num_layers).map(|_| kv_cache(backend)).collect::<Result<_, _>>()?,
             routings: (0..config.num_layers)

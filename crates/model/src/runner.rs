@@ -33,7 +33,8 @@ pub struct RunnerLimits {
 pub struct StepOutput {
     /// One result per entry of the batch's `logits_indices`, in that order.
     pub sampled: Vec<Result<Sampled, NonFiniteLogits>>,
-    /// `[num_layers, num_experts]` tokens that each expert got in this step.
+    /// `[num_layers, num_experts]` tokens that each expert got in this step. A model may spare the last layer's
+    /// experts the tokens whose logits are not wanted.
     pub expert_tokens: Vec<u64>,
 }
 

@@ -136,7 +136,7 @@ pub(super) const DEFINITIONS: &[Definition] = &[
     define(
         "windrose_expert_tokens_total",
         "counter",
-        "tokens routed to each expert, by layer and expert",
+        "tokens computed by each expert, by layer and expert; in the last layer those that are followed by a sampled one",
         None,
     ),
 ];

@@ -3,6 +3,8 @@
 //!
 //! Norms, the embedding's rows, the cache, and attention's scores are left out: they are small beside the matrices at
 //! the contexts of interest, and leaving them out keeps the shares on the low side.
+//!
+//! Behind the last layer's attention only those tokens are computed whose logits are wanted, and only those count.
 
 use model::{ModelConfig, ModelSummary};
 
@@ -14,8 +16,10 @@ pub(super) struct Cost {
     /// Bits of a weight of everything but routers.
     bits: f64,
     num_layers: u64,
-    /// Of a layer.
-    attention: u64,
+    /// Queries, keys and values of a layer.
+    qkv: u64,
+    /// What attention's result is multiplied with, of a layer.
+    output: u64,
     /// Of a layer.
     router: u64,
     expert: u64,
@@ -28,11 +32,13 @@ impl Cost {
     pub(super) fn new(config: &ModelConfig, bits: f64) -> Self {
         let summary = ModelSummary::new(config);
         let hidden = config.hidden_size as u64;
+        let output = (config.attention.q_features() * config.hidden_size) as u64;
         let router = if config.has_router() { config.route.num_experts as u64 * hidden } else { 0 };
         Self {
             bits,
             num_layers: config.num_layers as u64,
-            attention: summary.attention_parameters,
+            qkv: summary.attention_parameters - output,
+            output,
             router,
             expert: summary.expert_parameters,
             lm_head: config.vocab_size as u64 * hidden,
@@ -43,16 +49,20 @@ impl Cost {
     /// Bytes of the weights that a step touched; `expert_tokens` is `[num_layers, num_experts]`.
     pub(super) fn weight_bytes(&self, num_logits: usize, expert_tokens: &[u64]) -> u64 {
         let num_touched = expert_tokens.iter().filter(|&&num_tokens| num_tokens > 0).count() as u64;
-        let lm_head = if num_logits > 0 { self.lm_head } else { 0 };
-        let products = self.num_layers * self.attention + num_touched * self.expert + lm_head;
-        let routers = self.num_layers * self.router;
+        let (num_finished, lm_head) =
+            if num_logits > 0 { (self.num_layers, self.lm_head) } else { (self.num_layers - 1, 0) };
+        let products =
+            self.num_layers * self.qkv + num_finished * self.output + num_touched * self.expert + lm_head;
+        let routers = num_finished * self.router;
         ((products as f64 * self.bits + routers as f64 * ROUTER_BITS) / 8.0) as u64
     }
 
     /// Operations of a step's matrix products, where a multiplication and its addition are two.
     pub(super) fn operations(&self, num_tokens: usize, num_logits: usize) -> u64 {
-        let per_token = self.num_layers * (self.attention + self.router + self.top_k * self.expert);
-        2 * (num_tokens as u64 * per_token + num_logits as u64 * self.lm_head)
+        let after_attention = self.output + self.router + self.top_k * self.expert;
+        let per_token = self.num_layers * self.qkv + (self.num_layers - 1) * after_attention;
+        let per_logit = after_attention + self.lm_head;
+        2 * (num_tokens as u64 * per_token + num_logits as u64 * per_logit)
     }
 }
 
@@ -77,5 +87,6 @@ mod tests {
         assert_eq!(cost.weight_bytes(1, &one_token), 2 * expected);
         assert_eq!(cost.operations(1, 1), 2 * expected);
         assert!(cost.weight_bytes(0, &one_token) < 2 * expected);
+        assert!(cost.operations(2, 1) < 4 * expected - 2 * cost.lm_head);
     }
 }
