@@ -22,14 +22,23 @@ pub enum Isa {
     NeonI8mm,
     /// x86-64 with AVX2, FMA and F16C: bf16 widened to f32, 8 lanes of fused multiply-add.
     Avx2,
-    /// x86-64 with AVX-512 F, BW, BF16 and VNNI: 16 lanes of `vdpbf16ps` or `vpdpbusd`.
+    /// x86-64 with AVX-512 F, BW and VNNI: bf16 widened to f32, 16 lanes of fused multiply-add or `vpdpbusd`.
+    Avx512Vnni,
+    /// x86-64 with AVX-512 F, BW, VNNI and BF16: 16 lanes of `vdpbf16ps` or `vpdpbusd`.
     Avx512Bf16,
 }
 
 impl Isa {
     /// All instruction sets, the fastest last.
-    pub const ALL: [Self; 6] =
-        [Self::Portable, Self::Neon, Self::NeonDotprod, Self::NeonI8mm, Self::Avx2, Self::Avx512Bf16];
+    pub const ALL: [Self; 7] = [
+        Self::Portable,
+        Self::Neon,
+        Self::NeonDotprod,
+        Self::NeonI8mm,
+        Self::Avx2,
+        Self::Avx512Vnni,
+        Self::Avx512Bf16,
+    ];
 
     /// Finds the fastest instruction set that this machine has.
     pub fn detect() -> Self {
@@ -56,15 +65,16 @@ impl Isa {
                     && is_x86_feature_detected!("f16c")
             }
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512Bf16 => {
+            Self::Avx512Vnni => {
                 Self::Avx2.is_available()
                     && is_x86_feature_detected!("avx512f")
                     && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512bf16")
                     && is_x86_feature_detected!("avx512vnni")
             }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => Self::Avx512Vnni.is_available() && is_x86_feature_detected!("avx512bf16"),
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::Avx512Bf16 => false,
+            Self::Avx2 | Self::Avx512Vnni | Self::Avx512Bf16 => false,
         }
     }
 
@@ -76,6 +86,7 @@ impl Isa {
             Self::NeonDotprod => "neon-dotprod",
             Self::NeonI8mm => "neon-i8mm",
             Self::Avx2 => "avx2",
+            Self::Avx512Vnni => "avx512-vnni",
             Self::Avx512Bf16 => "avx512-bf16",
         }
     }
@@ -100,9 +111,12 @@ impl Isa {
             // SAFETY: the assertion above found the features that `run_avx2` enables.
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => unsafe { run_avx2(kernel) },
-            // SAFETY: the assertion above found the features that `run_avx512` enables.
+            // SAFETY: the assertion above found the features that `run_avx512_vnni` enables.
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512Bf16 => unsafe { run_avx512(kernel) },
+            Self::Avx512Vnni => unsafe { run_avx512_vnni(kernel) },
+            // SAFETY: the assertion above found the features that `run_avx512_bf16` enables.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => unsafe { run_avx512_bf16(kernel) },
             #[allow(unreachable_patterns)]
             _ => unreachable!("an instruction set of another architecture is never available"),
         }
@@ -137,9 +151,15 @@ fn run_avx2<K: Kernel>(kernel: K) {
 }
 
 #[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vnni")]
+fn run_avx512_vnni<K: Kernel>(kernel: K) {
+    kernel.run(crate::simd::Avx512::<false>::new());
+}
+
+#[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512bf16,avx512vnni")]
-fn run_avx512<K: Kernel>(kernel: K) {
-    kernel.run(crate::simd::Avx512Bf16::new());
+fn run_avx512_bf16<K: Kernel>(kernel: K) {
+    kernel.run(crate::simd::Avx512::<true>::new());
 }
 
 #[cfg(test)]

@@ -41,7 +41,7 @@ pub(crate) mod neon;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
-pub(crate) use avx512::Avx512Bf16;
+pub(crate) use avx512::Avx512;
 use half::{bf16, f16};
 pub(crate) use portable::Portable;
 

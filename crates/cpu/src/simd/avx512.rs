@@ -1,5 +1,6 @@
-//! AVX-512 with BF16 and VNNI: `vdpbf16ps` multiplies 32 pairs of bf16 and adds two products to each of 16 lanes,
-//! `vpdpbusd` 64 pairs of bytes, unsigned with signed, and adds four.
+//! AVX-512 with VNNI: `vpdpbusd` multiplies 64 pairs of bytes, unsigned with signed, and adds four products to each of 16
+//! lanes. Newer machines also have BF16: `vdpbf16ps` multiplies 32 pairs of bf16 and adds two. On the others, such as Ice
+//! Lake, bf16 pairs are split into two vectors of f32, as with AVX2.
 
 use std::arch::x86_64::*;
 
@@ -7,27 +8,39 @@ use half::f16;
 
 use super::{LANE_ROWS, Pair, QuadBytes, RowPairs, Simd};
 
-/// The proof that the machine has AVX-512 F, BW, BF16 and VNNI.
+/// The proof that the machine has AVX-512 F, BW and VNNI, and `BF16` if that is true.
 #[derive(Clone, Copy)]
-pub(crate) struct Avx512Bf16(());
+pub(crate) struct Avx512<const BF16: bool>(());
 
-impl Avx512Bf16 {
+impl Avx512<false> {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    pub(crate) fn new() -> Self {
+        Self(())
+    }
+}
+
+impl Avx512<true> {
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16,avx512vnni")]
     pub(crate) fn new() -> Self {
         Self(())
     }
 }
 
-impl Simd for Avx512Bf16 {
+impl<const BF16: bool> Simd for Avx512<BF16> {
     #[inline(always)]
     fn call(self, f: impl FnOnce()) {
         #[inline(never)]
-        #[target_feature(enable = "avx512f,avx512bw,avx512bf16,avx512vnni")]
+        #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vnni")]
         fn call(f: impl FnOnce()) {
             f();
         }
-        // SAFETY: `self` proves these features.
-        unsafe { call(f) }
+        #[inline(never)]
+        #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512bf16,avx512vnni")]
+        fn call_bf16(f: impl FnOnce()) {
+            f();
+        }
+        // SAFETY: `self` proves these features, of which AVX-512 F implies the first three.
+        unsafe { if BF16 { call_bf16(f) } else { call(f) } }
     }
 
     #[inline(always)]
@@ -54,11 +67,18 @@ impl Simd for Avx512Bf16 {
 
     #[inline(always)]
     fn dot_pairs(self, sum: __m512, w: __m512i, x: Pair) -> __m512 {
-        // SAFETY: `self` proves AVX-512 BF16; `__m512bh` is the same 64 bytes as `__m512i`.
-        unsafe {
-            let w = std::mem::transmute::<__m512i, __m512bh>(w);
-            let x = std::mem::transmute::<__m512i, __m512bh>(self.ints(bytemuck::cast(x)));
-            _mm512_dpbf16_ps(sum, w, x)
+        let x = self.ints(bytemuck::cast(x));
+        if BF16 {
+            // SAFETY: `self` proves AVX-512 BF16; `__m512bh` is the same 64 bytes as `__m512i`.
+            unsafe {
+                let w = std::mem::transmute::<__m512i, __m512bh>(w);
+                let x = std::mem::transmute::<__m512i, __m512bh>(x);
+                _mm512_dpbf16_ps(sum, w, x)
+            }
+        } else {
+            let ([w_even, w_odd], [x_even, x_odd]) = (self.split(w), self.split(x));
+            // SAFETY: `self` proves AVX-512 F.
+            unsafe { _mm512_fmadd_ps(w_even, x_even, _mm512_fmadd_ps(w_odd, x_odd, sum)) }
         }
     }
 
@@ -119,6 +139,19 @@ impl Simd for Avx512Bf16 {
         unsafe {
             let sum = _mm512_add_ps(_mm512_loadu_ps(out.as_ptr()), _mm512_mul_ps(x, _mm512_set1_ps(scale)));
             _mm512_storeu_ps(out.as_mut_ptr(), sum);
+        }
+    }
+}
+
+impl<const BF16: bool> Avx512<BF16> {
+    /// The even and the odd elements of pairs, widened. The optimiser splits what several products share once.
+    #[inline(always)]
+    fn split(self, pairs: __m512i) -> [__m512; 2] {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe {
+            let odd_mask = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
+            let (even, odd) = (_mm512_slli_epi32::<16>(pairs), _mm512_and_si512(pairs, odd_mask));
+            [_mm512_castsi512_ps(even), _mm512_castsi512_ps(odd)]
         }
     }
 }
