@@ -112,7 +112,8 @@ pub struct ExpertsView {
 /// A device that can run a transformer with routed experts.
 ///
 /// `rows` is the number of leading rows of its tensors that a verb works on; it is `num_tokens` or
-/// `num_logits` of the step's [`StepShape`], which may be zero. A verb panics if a tensor's shape or dtype does not fit.
+/// `num_logits` of the step's [`StepShape`], which may be zero. A verb panics if a tensor's shape or dtype does not
+/// fit.
 pub trait Backend: Send + 'static {
     /// Activations `[max_rows, features]` of one [`DType`], allocated at start.
     type Tensor: Send;

@@ -1,6 +1,6 @@
-//! AVX-512 with VNNI: `vpdpbusd` multiplies 64 pairs of bytes, unsigned with signed, and adds four products to each of 16
-//! lanes. Newer machines also have BF16: `vdpbf16ps` multiplies 32 pairs of bf16 and adds two. On the others, such as Ice
-//! Lake, bf16 pairs are split into two vectors of f32, as with AVX2.
+//! AVX-512 with VNNI: `vpdpbusd` multiplies 64 pairs of bytes, unsigned with signed, and adds four products to each of
+//! 16 lanes. Newer machines also have BF16: `vdpbf16ps` multiplies 32 pairs of bf16 and adds two. On the others, such as
+//! Ice Lake, bf16 pairs are split into two vectors of f32, as with AVX2.
 
 use std::arch::x86_64::*;
 

@@ -136,7 +136,7 @@ pub(super) const DEFINITIONS: &[Definition] = &[
     define(
         "windrose_expert_tokens_total",
         "counter",
-        "tokens computed by each expert, by layer and expert; in the last layer those that are followed by a sampled one",
+        "tokens computed by each expert, by layer and expert; in the last layer only those whose logits were wanted",
         None,
     ),
 ];
