@@ -1,0 +1,292 @@
+// mma.sync of a warp and wgmma of a warpgroup, on bf16 operands with float sums.
+//
+// A product of two bf16 is exact in float. Each operation sums its 16 products along k in order, from zero, and then
+// adds the accumulator; a real tensor core sums in an order and with a rounding of its own, so results are compared
+// by relative error, or bit for bit where every sum is exact.
+//
+// Lanes do not wait for each other when they issue a wgmma: each notes its accumulators, and the warp's share of the
+// work, 16 of 64 rows, is done by the last lane (early) or where the warp waits for it (late).
+#include <algorithm>
+#include <cstring>
+
+#include "asynchronous.h"
+#include "instructions.h"
+#include "sanitizers.h"
+
+namespace emulator {
+
+namespace {
+
+constexpr uint32_t TILE_K = 16;
+constexpr uint32_t WARP_ROWS = 16;
+constexpr uint32_t MAX_COLUMNS = 256;
+
+// 16 rows of one column, or of one k: the unit in which the compiler vectorises on every target.
+typedef float Column __attribute__((vector_size(WARP_ROWS * sizeof(float))));
+typedef float Octet __attribute__((vector_size(8 * sizeof(float))));
+
+}  // namespace
+
+static float half_of(uint32_t packed, uint32_t half) {
+  return bits_to_float(half != 0 ? packed & 0xffff0000u : packed << 16);
+}
+
+// ---- mma.sync --------------------------------------------------------------------------------------------------
+
+namespace {
+
+struct MmaOperands {
+  float* d;
+  const uint32_t* a;
+  uint32_t b[2];
+};
+
+}  // namespace
+
+// a[16, 16] and b[16, 8] from the fragments of all lanes, as the PTX ISA draws them for m16n8k16.
+static void gather_fragments(void* const* arguments, float (&a)[16][16], float (&b)[16][8]) {
+  for (uint32_t lane = 0; lane < LANES; lane++) {
+    const auto& operands = *static_cast<MmaOperands*>(arguments[lane]);
+    uint32_t group = lane / 4, k = lane % 4 * 2;
+    for (uint32_t half = 0; half < 2; half++) {
+      a[group][k + half] = half_of(operands.a[0], half);
+      a[group + 8][k + half] = half_of(operands.a[1], half);
+      a[group][k + 8 + half] = half_of(operands.a[2], half);
+      a[group + 8][k + 8 + half] = half_of(operands.a[3], half);
+      b[k + half][group] = half_of(operands.b[0], half);
+      b[k + 8 + half][group] = half_of(operands.b[1], half);
+    }
+  }
+}
+
+static Resume act_mma(uint32_t, void* const* arguments) {
+  float a[16][16];
+  alignas(32) float b[16][8];
+  gather_fragments(arguments, a, b);
+  for (uint32_t row = 0; row < 16; row++) {
+    Octet sum = {};
+    for (uint32_t k = 0; k < TILE_K; k++) {
+      Octet b_row;
+      memcpy(&b_row, b[k], sizeof b_row);
+      sum += a[row][k] * b_row;
+    }
+    for (uint32_t column = 0; column < 8; column++) {
+      uint32_t lane = row % 8 * 4 + column / 2;
+      static_cast<MmaOperands*>(arguments[lane])->d[row / 8 * 2 + column % 2] += sum[column];
+    }
+  }
+  return Resume::NOW;
+}
+
+void multiply_m16n8k16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
+  MmaOperands operands{d, a, {b0, b1}};
+  meet(~0u, Operation::MMA, &operands, act_mma);
+}
+
+// ---- descriptors -----------------------------------------------------------------------------------------------
+
+namespace {
+
+struct Tile {
+  uint32_t start;         // offset in dynamic shared memory
+  uint32_t group_stride;  // bytes from one group of eight rows to the next
+};
+
+}  // namespace
+
+// The fields of PTX ISA's "matrix descriptor", the address as an offset in dynamic shared memory.
+uint64_t describe_wgmma_tile(const void* tile) {
+  uint64_t address = shared_offset(tile);
+  return address >> 4 | 1ull << 16 | static_cast<uint64_t>(1024 >> 4) << 32 | 1ull << 62;
+}
+
+static Tile read_descriptor(uint64_t descriptor) {
+  constexpr uint64_t SWIZZLE_128 = 1;
+  if (descriptor >> 62 != SWIZZLE_128) die("wgmma: a descriptor without the 128-byte swizzle");
+  Tile tile;
+  tile.start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
+  tile.group_stride = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4;
+  if (tile.start % 1024 >= ROW_BYTES) die("wgmma: a tile at offset %u, not a multiple of 1024", tile.start);
+  return tile;
+}
+
+static void decode_chunk(float* out, const void* chunk) {
+  uint16_t bits[8];
+  memcpy(bits, chunk, sizeof bits);
+  uint32_t wide[8];
+  for (int i = 0; i < 8; i++) wide[i] = static_cast<uint32_t>(bits[i]) << 16;
+  memcpy(out, wide, sizeof wide);
+}
+
+// Rows [first_row, first_row + num_rows) of a tile, 16 elements each.
+static void decode_rows(float (*out)[TILE_K], const Tile& tile, uint32_t first_row, uint32_t num_rows) {
+  for (uint32_t i = 0; i < num_rows; i++) {
+    uint32_t row = first_row + i;
+    uint32_t offset = tile.start + row / 8 * tile.group_stride + row % 8 * ROW_BYTES;
+    if ((offset | (ROW_BYTES - 1)) >= here.dynamic_shared_bytes) die("wgmma: a tile reaches past shared memory");
+    for (uint32_t half = 0; half < 2; half++) {
+      const char* chunk = here.dynamic_shared + swizzle_128(offset + half * 16);
+      note_read(chunk, 16);
+      decode_chunk(out[i] + half * 8, chunk);
+    }
+  }
+}
+
+// ---- accumulators ----------------------------------------------------------------------------------------------
+
+// Lane l holds in accumulators[l][4 j + 2 h + i] row l / 4 + 8 h, column 8 j + 2 (l % 4) + i.
+static void load_accumulators(Column* columns, uint32_t num_columns, float* const* accumulators) {
+  for (uint32_t lane = 0; lane < LANES; lane++) {
+    const float* d = accumulators[lane];
+    for (uint32_t column = lane % 4 * 2; column < num_columns; column += 8, d += 4) {
+      columns[column][lane / 4] = d[0];
+      columns[column + 1][lane / 4] = d[1];
+      columns[column][lane / 4 + 8] = d[2];
+      columns[column + 1][lane / 4 + 8] = d[3];
+    }
+  }
+}
+
+static void store_accumulators(const Column* columns, uint32_t num_columns, float* const* accumulators) {
+  for (uint32_t lane = 0; lane < LANES; lane++) {
+    float* d = accumulators[lane];
+    for (uint32_t column = lane % 4 * 2; column < num_columns; column += 8, d += 4) {
+      d[0] = columns[column][lane / 4];
+      d[1] = columns[column + 1][lane / 4];
+      d[2] = columns[column][lane / 4 + 8];
+      d[3] = columns[column + 1][lane / 4 + 8];
+    }
+  }
+}
+
+// ---- wgmma -----------------------------------------------------------------------------------------------------
+
+// columns[n] = Σ_k a_transposed[k] · b[n][k], plus columns[n] if `accumulate`. Eight columns at once hide the latency.
+static void multiply_columns(Column* columns, const Column* a_transposed, const float (*b)[TILE_K],
+                             const WgmmaOperation& operation) {
+  for (uint32_t n = 0; n < operation.columns; n += 8) {
+    Column sums[8] = {};
+    for (uint32_t k = 0; k < TILE_K; k++) {
+      for (uint32_t i = 0; i < 8; i++) sums[i] += a_transposed[k] * b[n + i][k];
+    }
+    for (uint32_t i = 0; i < 8; i++) columns[n + i] = operation.accumulate ? columns[n + i] + sums[i] : sums[i];
+  }
+}
+
+static void multiply_tiles(Column* columns, const WgmmaOperation& operation, uint32_t warp) {
+  float a[WARP_ROWS][TILE_K];
+  float b[MAX_COLUMNS][TILE_K];
+  decode_rows(a, read_descriptor(operation.a), warp % Warpgroup::WARPS * WARP_ROWS, WARP_ROWS);
+  decode_rows(b, read_descriptor(operation.b), 0, operation.columns);
+  Column a_transposed[TILE_K];
+  for (uint32_t k = 0; k < TILE_K; k++) {
+    for (uint32_t row = 0; row < WARP_ROWS; row++) a_transposed[k][row] = a[row][k];
+  }
+  multiply_columns(columns, a_transposed, b, operation);
+}
+
+// Does a run of operations; accumulators are loaded and stored once for a run that shares them.
+static void perform(WarpTensorCore& core, WarpWgmma* first, WarpWgmma* end, uint32_t warp) {
+  AsEngine as_engine(core.order);
+  Column columns[MAX_COLUMNS];
+  for (WarpWgmma* wgmma = first; wgmma != end; wgmma++) {
+    if (wgmma->lanes != ~0u) die("wgmma: only lanes %08x of warp %u issued it", wgmma->lanes, warp);
+    auto shares = [&](const WarpWgmma& other) {
+      return other.operation.columns == wgmma->operation.columns &&
+             memcmp(other.accumulators, wgmma->accumulators, sizeof wgmma->accumulators) == 0;
+    };
+    uint32_t num_columns = wgmma->operation.columns;
+    bool starts = wgmma == first || !shares(wgmma[-1]);
+    bool ends = wgmma + 1 == end || !shares(wgmma[1]);
+    if (starts && wgmma->operation.accumulate) load_accumulators(columns, num_columns, wgmma->accumulators);
+    multiply_tiles(columns, wgmma->operation, warp);
+    if (ends) store_accumulators(columns, num_columns, wgmma->accumulators);
+    wgmma->done = true;
+  }
+}
+
+// The warps of a warpgroup issue the same operations; they need not do so at the same time.
+static void check_warpgroup(uint32_t warp, const WgmmaOperation& operation) {
+  Warpgroup& group = engines().warpgroups[warp / Warpgroup::WARPS];
+  if (warp / Warpgroup::WARPS * Warpgroup::WARPS + Warpgroup::WARPS > num_warps()) {
+    die("wgmma: warp %u is in a warpgroup of fewer than four warps", warp);
+  }
+  uint32_t at = group.num_issued[warp % Warpgroup::WARPS]++ - group.num_forgotten;
+  if (at == group.recent.size()) group.recent.push_back(operation);
+  if (!(group.recent[at] == operation)) die("wgmma: the warps of a warpgroup differ in operands");
+  uint32_t least = *std::min_element(group.num_issued, group.num_issued + Warpgroup::WARPS);
+  group.recent.erase(group.recent.begin(), group.recent.begin() + (least - group.num_forgotten));
+  group.num_forgotten = least;
+}
+
+void issue_wgmma(float* d, uint64_t a, uint64_t b, uint32_t columns, bool accumulate) {
+  WgmmaOperation operation{a, b, columns, accumulate};
+  engines().used = true;
+  WarpTensorCore& core = engines().tensor_cores[here.warp];
+  uint32_t at = core.num_issued[here.lane]++ - core.num_retired;
+  uint32_t group = core.num_committed[here.lane];
+  if (at == core.pending.size()) {
+    check_warpgroup(here.warp, operation);
+    core.pending.push_back(WarpWgmma{operation, group, 0, false, {}});
+  }
+  WarpWgmma& wgmma = core.pending[at];
+  if (!(wgmma.operation == operation) || wgmma.group != group) die("wgmma: lanes of warp %u differ", here.warp);
+  wgmma.accumulators[here.lane] = d;
+  wgmma.lanes |= 1u << here.lane;
+  order_release(&core.order.issued);
+  if (here.early && wgmma.lanes == ~0u) perform(core, &wgmma, &wgmma + 1, here.warp);
+}
+
+void commit_wgmma() {
+  engines().used = true;
+  engines().tensor_cores[here.warp].num_committed[here.lane]++;
+}
+
+// Does what of the awaited operations is not done yet, and forgets them.
+static void retire_awaited(Engines& engines, uint32_t warp) {
+  WarpTensorCore& core = engines.tensor_cores[warp];
+  WarpWgmma* first = core.pending.data();
+  WarpWgmma* end = first + core.num_awaited;
+  while (first != end && first->done) first++;
+  if (first != end) perform(core, first, end, warp);
+  core.pending.erase(core.pending.begin(), core.pending.begin() + static_cast<ptrdiff_t>(core.num_awaited));
+  core.num_retired += static_cast<uint32_t>(core.num_awaited);
+  core.num_awaited = 0;
+}
+
+void finish_awaited_wgmma(Engines& engines, uint32_t warp) {
+  retire_awaited(engines, warp);
+  engines.waiting_warps &= ~(1u << warp);
+  wake_lanes(warp, ~0u);
+}
+
+static Resume act_wgmma_wait(uint32_t, void* const* arguments) {
+  uint32_t max_in_flight = *static_cast<uint32_t*>(arguments[0]);
+  for (uint32_t lane = 0; lane < LANES; lane++) {
+    if (*static_cast<uint32_t*>(arguments[lane]) != max_in_flight) die("wgmma_wait: lanes differ");
+  }
+  WarpTensorCore& core = engines().tensor_cores[here.warp];
+  auto is_awaited = [&](const WarpWgmma& wgmma) { return wgmma.group + max_in_flight < core.num_committed[0]; };
+  while (core.num_awaited < core.pending.size() && is_awaited(core.pending[core.num_awaited])) core.num_awaited++;
+  if (here.early) retire_awaited(engines(), here.warp);
+  if (core.num_awaited == 0) return Resume::NOW;
+  engines().waiting_warps |= 1u << here.warp;
+  return Resume::LATER;
+}
+
+void wait_wgmma(uint32_t max_in_flight) {
+  meet(~0u, Operation::WGMMA_WAIT, &max_in_flight, act_wgmma_wait);
+  order_acquire(&engines().tensor_cores[here.warp].order.finished);
+}
+
+void check_wgmma_idle(const Engines& engines) {
+  if (!engines.used) return;
+  for (const WarpTensorCore& core : engines.tensor_cores) {
+    if (!core.pending.empty()) die("the block ended before a wgmma that it never waited for");
+  }
+  for (const Warpgroup& group : engines.warpgroups) {
+    if (!group.recent.empty()) die("wgmma: a warp issued fewer operations than others of its warpgroup");
+  }
+}
+
+}  // namespace emulator

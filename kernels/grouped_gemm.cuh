@@ -1,0 +1,107 @@
+// What the grouped matrix products have in common: how a launch is cut into tiles, and what is done with a finished one.
+//
+//   y[row, feature] = Σ_k weights[expert(row), feature, k] · x[row, k]      rows sorted by expert
+//
+// A product without experts is one group. The weights are the left operand (their rows are the M of the tensor core's
+// tile) and the tokens the right one, so that a step of one token fills a tile of eight columns and not one of 64 rows.
+// Every element is the sum over K in steps of 16, from the first to the last, whatever tile it falls into: a row's
+// result does not depend on its batch.
+//
+// Expert counts are read on the device: a fixed number of blocks walk all tiles.
+#pragma once
+#include "device.cuh"
+
+constexpr int TILE_K = 64;
+
+// Shape of a product; `offsets` is null for a product without experts, whose rows are 0..num_rows.
+struct GroupedShape {
+  const uint32_t* offsets;
+  int num_experts;
+  int num_rows;
+  // Rows of one expert's weights.
+  int weight_rows;
+  // Width of x and of the weights, a multiple of TILE_K.
+  int stride;
+  // Columns of the output that exist, and its row stride.
+  int features;
+  int out_stride;
+};
+
+// One tile: `rows` of the weights times columns `row..row_end` of the tokens.
+struct Tile {
+  int expert;
+  int weight_row;
+  int row;
+  int row_end;
+};
+
+// Tiles that share tokens or weights run at the same time: up to this many token tiles of a weight tile follow one
+// another, then the next weight tile meets the same tokens, which are in the L2 cache by then.
+constexpr int TOKEN_TILES_PER_BAND = 16;
+
+// Finds tile `index`; false if there are fewer.
+template <int TILE_ROWS, int TILE_TOKENS>
+DEVICE bool find_tile(const GroupedShape& shape, int index, Tile& tile) {
+  int weight_tiles = ceil_div(shape.weight_rows, TILE_ROWS);
+  for (int expert = 0; expert < shape.num_experts; expert++) {
+    int start = shape.offsets ? static_cast<int>(shape.offsets[expert]) : 0;
+    int end = shape.offsets ? static_cast<int>(shape.offsets[expert + 1]) : shape.num_rows;
+    int token_tiles = ceil_div(end - start, TILE_TOKENS);
+    if (index >= token_tiles * weight_tiles) {
+      index -= token_tiles * weight_tiles;
+      continue;
+    }
+    int band = index / (TOKEN_TILES_PER_BAND * weight_tiles);
+    int in_band = index - band * TOKEN_TILES_PER_BAND * weight_tiles;
+    int band_tiles = min(TOKEN_TILES_PER_BAND, token_tiles - band * TOKEN_TILES_PER_BAND);
+    tile.expert = expert;
+    tile.weight_row = in_band / band_tiles * TILE_ROWS;
+    tile.row = start + (band * TOKEN_TILES_PER_BAND + in_band % band_tiles) * TILE_TOKENS;
+    tile.row_end = end;
+    return true;
+  }
+  return false;
+}
+
+enum Epilogue {
+  STORE_F32,
+  STORE_BF16,
+  // Weight rows are gate and up, interleaved by eight: out = silu(gate) · up, bf16.
+  SWIGLU,
+};
+
+DEVICE float silu(float x) { return x / (1.0f + __expf(-x)); }
+
+// Writes 64 rows of the weights times TILE_TOKENS tokens. Thread t of four warps holds in d[4 j + 2 h + i] weight row
+// 16 (t / 32) + (t % 32) / 4 + 8 h and token 8 j + 2 (t % 4) + i: the layout of wgmma and of mma.sync alike.
+template <int TILE_TOKENS, Epilogue EPILOGUE>
+DEVICE void store_tile(const float (&d)[TILE_TOKENS / 2], const GroupedShape& shape, const Tile& tile, int weight_row,
+                       void* out) {
+  int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % 4;
+#pragma unroll
+  for (int j = 0; j < TILE_TOKENS / 8; j++) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      int row = tile.row + 8 * j + 2 * (lane % 4) + i;
+      if (row >= tile.row_end) continue;
+      int64_t out_row = static_cast<int64_t>(row) * shape.out_stride;
+      if constexpr (EPILOGUE == SWIGLU) {
+        int feature = (weight_row + 16 * warp) / 2 + lane / 4;
+        float act = silu(d[4 * j + i]) * d[4 * j + 2 + i];
+        if (feature < shape.features) static_cast<bf16*>(out)[out_row + feature] = to_bf16(act);
+      } else {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          int feature = weight_row + 16 * warp + lane / 4 + 8 * h;
+          float value = d[4 * j + 2 * h + i];
+          if (feature >= shape.features) continue;
+          if constexpr (EPILOGUE == STORE_F32) {
+            static_cast<float*>(out)[out_row + feature] = value;
+          } else {
+            static_cast<bf16*>(out)[out_row + feature] = to_bf16(value);
+          }
+        }
+      }
+    }
+  }
+}

@@ -1,0 +1,90 @@
+// The grouped matrix product where there is no wgmma: mma.sync fed by cp.async, on every GPU from sm_80 on.
+//
+// One block of four warps per tile of 64 weight rows and TOKENS tokens; warp w has weight rows 16 w and all tokens, so
+// its accumulators lie as wgmma's would and the epilogue is shared. Stages are rows of 64 k (128 bytes) whose 16-byte
+// chunks are exchanged by the row's low three bits, so that ldmatrix meets no bank twice.
+//
+// The launch: a fixed number of blocks walk all tiles; weights [expert][weight_rows][stride], x [rows][stride].
+#include "grouped_gemm.cuh"
+
+constexpr int MMA_THREADS = 4 * WARP;
+constexpr int MMA_STAGES = 3;
+constexpr int CHUNK = 8;  // bf16 in 16 bytes
+
+// Element `chunk` · 8 of row `row` of a stage.
+DEVICE bf16* chunk_of(bf16* tile, int row, int chunk) { return tile + row * TILE_K + ((chunk ^ (row & 7)) * CHUNK); }
+
+template <int ROWS>
+DEVICE void load_tile(bf16* tile, const bf16* rows, int num_valid, int stride) {
+  for (int i = threadIdx.x; i < ROWS * (TILE_K / CHUNK); i += MMA_THREADS) {
+    int row = i / (TILE_K / CHUNK), chunk = i % (TILE_K / CHUNK);
+    bool valid = row < num_valid;
+    cp_async_16(chunk_of(tile, row, chunk), rows + static_cast<int64_t>(valid ? row : 0) * stride + chunk * CHUNK,
+                valid);
+  }
+}
+
+template <int TOKENS>
+DEVICE void multiply_stage(float (&d)[TOKENS / 2], bf16* weights, bf16* x) {
+  int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+#pragma unroll
+  for (int step = 0; step < TILE_K / 16; step++) {
+    uint32_t a[4];
+    ldmatrix_x4(a, chunk_of(weights, 16 * warp + lane % 16, 2 * step + lane / 16));
+#pragma unroll
+    for (int j = 0; j < TOKENS / 8; j += 2) {
+      uint32_t b[4];
+      ldmatrix_x4(b, chunk_of(x, 8 * j + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+      mma_m16n8k16(reinterpret_cast<float(&)[4]>(d[4 * j]), a, b[0], b[1]);
+      mma_m16n8k16(reinterpret_cast<float(&)[4]>(d[4 * j + 4]), a, b[2], b[3]);
+    }
+  }
+}
+
+template <int TOKENS, Epilogue EPILOGUE>
+DEVICE void grouped_gemm(const bf16* weights, const bf16* x, const GroupedShape& shape, void* out) {
+  constexpr int STAGE = (64 + TOKENS) * TILE_K;
+  DYNAMIC_SHARED(bf16, stages);
+  int num_steps = shape.stride / TILE_K;
+  Tile tile;
+  for (int index = blockIdx.x; find_tile<64, TOKENS>(shape, index, tile); index += gridDim.x) {
+    const bf16* tile_weights =
+        weights + (static_cast<int64_t>(tile.expert) * shape.weight_rows + tile.weight_row) * shape.stride;
+    const bf16* tile_x = x + static_cast<int64_t>(tile.row) * shape.stride;
+    auto load = [&](int step) {
+      bf16* stage = stages + step % MMA_STAGES * STAGE;
+      if (step < num_steps) {
+        load_tile<64>(stage, tile_weights + step * TILE_K, shape.weight_rows - tile.weight_row, shape.stride);
+        load_tile<TOKENS>(stage + 64 * TILE_K, tile_x + step * TILE_K, tile.row_end - tile.row, shape.stride);
+      }
+      // Empty groups keep the count of groups in step with the count of stages.
+      cp_async_commit();
+    };
+    float d[TOKENS / 2] = {};
+    for (int step = 0; step < MMA_STAGES - 1; step++) load(step);
+    for (int step = 0; step < num_steps; step++) {
+      cp_async_wait<MMA_STAGES - 2>();
+      // Stage `step` has arrived for all, and all are done with the stage that the next load overwrites.
+      __syncthreads();
+      load(step + MMA_STAGES - 1);
+      bf16* stage = stages + step % MMA_STAGES * STAGE;
+      multiply_stage<TOKENS>(d, stage, stage + 64 * TILE_K);
+    }
+    cp_async_wait<0>();
+    __syncthreads();
+    store_tile<TOKENS, EPILOGUE>(d, shape, tile, tile.weight_row, out);
+  }
+}
+
+#define GROUPED_GEMM_MMA(NAME, TOKENS, EPILOGUE)                                                   \
+  KERNEL(MMA_THREADS, NAME)(const bf16* weights, const bf16* x, GroupedShape shape, void* out) { \
+    grouped_gemm<TOKENS, EPILOGUE>(weights, x, shape, out);                                        \
+  }                                                                                                \
+  REGISTER_KERNEL(NAME)
+
+GROUPED_GEMM_MMA(mma_f32_16, 16, STORE_F32)
+GROUPED_GEMM_MMA(mma_f32_64, 64, STORE_F32)
+GROUPED_GEMM_MMA(mma_bf16_16, 16, STORE_BF16)
+GROUPED_GEMM_MMA(mma_bf16_64, 64, STORE_BF16)
+GROUPED_GEMM_MMA(mma_swiglu_16, 16, SWIGLU)
+GROUPED_GEMM_MMA(mma_swiglu_64, 64, SWIGLU)

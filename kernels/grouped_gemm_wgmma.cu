@@ -1,0 +1,136 @@
+// The grouped matrix product on Hopper: persistent, warp-specialised, bulk tensor copies into wgmma.
+//
+//   warps 0..4·C    C consumer warpgroups, 64 weight rows each; accumulators in registers
+//   last warp       the producer: one thread keeps a ring of shared-memory stages full
+//
+//   stage           C tiles of weights [64 rows, 64 k] · one tile of tokens [TOKENS, 64 k]        128-byte swizzle
+//
+// The producer runs ahead of the consumers, across tiles too, so memory stays busy while a tile is written out. With few
+// tokens per expert this streams weights: about 180 KB of them are in flight on every multiprocessor. With many, two
+// consumers share 256 tokens, and the tensor cores are the limit.
+//
+// The launch: one block per multiprocessor; shared memory as `SharedBytes` says; maps with boxes of [64 k, 64 rows] over
+// the weights [expert][row][k] and of [64 k, TOKENS] over the tokens [row][k].
+#include "grouped_gemm.cuh"
+
+#ifdef HAS_WGMMA
+
+template <int CONSUMERS, int TOKENS>
+struct Stage {
+  static constexpr int WEIGHT_TILE_BYTES = 64 * TILE_K * 2;
+  static constexpr int TOKEN_TILE_BYTES = TOKENS * TILE_K * 2;
+  static constexpr int BYTES = CONSUMERS * WEIGHT_TILE_BYTES + TOKEN_TILE_BYTES;
+};
+
+// A position in the ring of stages: waits alternate between the two parities from one round to the next.
+template <int STAGES>
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+  DEVICE void advance() {
+    if (++stage == STAGES) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+template <int CONSUMERS, int TOKENS, int STAGES>
+DEVICE void produce(const TensorMap* weights, const TensorMap* x, const GroupedShape& shape, uint8_t* stages,
+                    uint64_t* full, uint64_t* empty) {
+  using S = Stage<CONSUMERS, TOKENS>;
+  Ring<STAGES> ring;
+  Tile tile;
+  for (int index = blockIdx.x; find_tile<64 * CONSUMERS, TOKENS>(shape, index, tile); index += gridDim.x) {
+    for (int k = 0; k < shape.stride; k += TILE_K) {
+      // The first round finds the stages empty: the wait for the phase before the first returns at once.
+      mbarrier_wait(&empty[ring.stage], ring.parity ^ 1);
+      mbarrier_arrive_expect(&full[ring.stage], S::BYTES);
+      uint8_t* stage = stages + ring.stage * S::BYTES;
+      for (int c = 0; c < CONSUMERS; c++) {
+        tma_load_3d(stage + c * S::WEIGHT_TILE_BYTES, weights, &full[ring.stage], k, tile.weight_row + 64 * c,
+                    tile.expert);
+      }
+      tma_load_2d(stage + CONSUMERS * S::WEIGHT_TILE_BYTES, x, &full[ring.stage], k, tile.row);
+      ring.advance();
+    }
+  }
+}
+
+template <int CONSUMERS, int TOKENS, int STAGES, Epilogue EPILOGUE>
+DEVICE void consume(const GroupedShape& shape, void* out, uint8_t* stages, uint64_t* full, uint64_t* empty) {
+  using S = Stage<CONSUMERS, TOKENS>;
+  int consumer = threadIdx.x / (4 * WARP);
+  Ring<STAGES> ring;
+  Tile tile;
+  float d[TOKENS / 2];
+  for (int index = blockIdx.x; find_tile<64 * CONSUMERS, TOKENS>(shape, index, tile); index += gridDim.x) {
+    int previous = -1;
+    for (int k = 0; k < shape.stride; k += TILE_K) {
+      uint8_t* stage = stages + ring.stage * S::BYTES;
+      mbarrier_wait(&full[ring.stage], ring.parity);
+      registers_changed(d);
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < TILE_K / 16; step++) {
+        wgmma_m64k16<TOKENS>(d, wgmma_descriptor(stage + consumer * S::WEIGHT_TILE_BYTES + 32 * step),
+                             wgmma_descriptor(stage + CONSUMERS * S::WEIGHT_TILE_BYTES + 32 * step),
+                             k > 0 || step > 0);
+      }
+      wgmma_commit();
+      // The products of the previous stage are done once only this one's are in flight.
+      wgmma_wait<1>();
+      if (previous >= 0 && threadIdx.x % WARP == 0) mbarrier_arrive(&empty[previous]);
+      previous = ring.stage;
+      ring.advance();
+    }
+    wgmma_wait<0>();
+    registers_changed(d);
+    if (threadIdx.x % WARP == 0) mbarrier_arrive(&empty[previous]);
+    store_tile<TOKENS, EPILOGUE>(d, shape, tile, tile.weight_row + 64 * consumer, out);
+  }
+}
+
+template <int CONSUMERS, int TOKENS, int STAGES, Epilogue EPILOGUE>
+DEVICE void grouped_gemm(const TensorMap* weights, const TensorMap* x, const GroupedShape& shape, void* out) {
+  DYNAMIC_SHARED(uint8_t, stages);
+  __shared__ __align__(8) uint64_t full[STAGES];
+  __shared__ __align__(8) uint64_t empty[STAGES];
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < STAGES; stage++) {
+      mbarrier_init(&full[stage], 1);
+      mbarrier_init(&empty[stage], 4 * CONSUMERS);
+    }
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  if (threadIdx.x >= 4 * WARP * CONSUMERS) {
+    if (threadIdx.x % WARP == 0) {
+      produce<CONSUMERS, TOKENS, STAGES>(weights, x, shape, stages, full, empty);
+    }
+  } else {
+    consume<CONSUMERS, TOKENS, STAGES, EPILOGUE>(shape, out, stages, full, empty);
+  }
+}
+
+// CONSUMERS, TOKENS and STAGES are known to crates/cuda, which takes the names apart no further than the token count.
+#define GROUPED_GEMM(NAME, CONSUMERS, TOKENS, STAGES, EPILOGUE)                                                   \
+  KERNEL(WARP * (4 * CONSUMERS + 1), NAME)(const __grid_constant__ TensorMap weights,                             \
+                                           const __grid_constant__ TensorMap x, GroupedShape shape, void* out) { \
+    grouped_gemm<CONSUMERS, TOKENS, STAGES, EPILOGUE>(&weights, &x, shape, out);                                  \
+  }                                                                                                               \
+  REGISTER_KERNEL(NAME)
+
+#define GROUPED_GEMMS(EPILOGUE_NAME, EPILOGUE)                             \
+  GROUPED_GEMM(wgmma_##EPILOGUE_NAME##_8, 1, 8, 20, EPILOGUE)              \
+  GROUPED_GEMM(wgmma_##EPILOGUE_NAME##_16, 1, 16, 18, EPILOGUE)            \
+  GROUPED_GEMM(wgmma_##EPILOGUE_NAME##_32, 1, 32, 16, EPILOGUE)            \
+  GROUPED_GEMM(wgmma_##EPILOGUE_NAME##_64, 1, 64, 12, EPILOGUE)            \
+  GROUPED_GEMM(wgmma_##EPILOGUE_NAME##_128, 2, 128, 6, EPILOGUE)           \
+  GROUPED_GEMM(wgmma_##EPILOGUE_NAME##_256, 2, 256, 4, EPILOGUE)
+
+GROUPED_GEMMS(f32, STORE_F32)
+GROUPED_GEMMS(bf16, STORE_BF16)
+GROUPED_GEMMS(swiglu, SWIGLU)
+
+#endif  // HAS_WGMMA

@@ -1,0 +1,146 @@
+"""How fast the kernels are, beside limits measured in the same run: a read sweep and cuBLAS.
+
+Times are medians by events. Layers are replayed as CUDA graphs, as a server would; single kernels are
+launched from Python, so anything under 30 us shows the launch.
+"""
+
+import ctypes
+
+import torch
+from launches import EXPERTS, FFN, HIDDEN, TILES, TOP_K, Launcher, bf16
+
+NUM_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 8192)
+
+
+def median_seconds(work, repetitions=20):
+    """Of single runs, after two to warm up."""
+    for _ in range(2):
+        work()
+    times = []
+    for _ in range(repetitions):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return sorted(times)[len(times) // 2]
+
+
+def tiles_for(num_tokens):
+    """The tiles worth a look: not far too narrow for an expert's share, nor far too wide."""
+    if num_tokens >= 1024:
+        return [128, 256]
+    return [tile for tile in TILES if num_tokens <= 4 * tile and tile <= max(8, 2 * num_tokens)]
+
+
+class ExpertLayer:
+    """Activations and weights of one Mixtral layer's experts, and the launches that multiply them."""
+
+    def __init__(self, launch, gate_up, down, router, num_tokens):
+        self.launch, self.gate_up_weights, self.down_weights = launch, gate_up, down
+        self.x = bf16(num_tokens, HIDDEN)
+        tables = launch.route(self.x, router)
+        _, self.weights, self.offsets, self.permutation, self.rows, _ = tables
+        num_rows = num_tokens * TOP_K
+        self.permuted = torch.zeros(num_rows, HIDDEN, device="cuda", dtype=torch.bfloat16)
+        self.act = torch.zeros(num_rows, FFN, device="cuda", dtype=torch.bfloat16)
+        self.y = torch.zeros(num_rows, HIDDEN, device="cuda")
+        self.out = torch.zeros(num_tokens, HIDDEN, device="cuda")
+        used = int((self.offsets[1:] > self.offsets[:-1]).sum())
+        self.flops = 2 * num_rows * 3 * HIDDEN * FFN
+        self.weight_bytes = used * 3 * HIDDEN * FFN * 2
+
+    def gate_up(self, tile):
+        self.launch.grouped("swiglu", self.gate_up_weights, self.permuted, self.act, self.offsets, FFN, tile)
+
+    def down(self, tile):
+        self.launch.grouped("f32", self.down_weights, self.act, self.y, self.offsets, HIDDEN, tile)
+
+    def gather(self):
+        self.launch.gather(self.x, self.permutation, self.permuted)
+
+    def combine(self):
+        self.launch.combine(self.y, self.rows, self.weights, self.out)
+
+    def graph(self, tile):
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+            self.gather()
+            self.gate_up(tile)
+            self.down(tile)
+            self.combine()
+        return graph
+
+
+class Bench:
+    """Times everything; `figures` has what was printed."""
+
+    def __init__(self, kernels):
+        self.kernels, self.launch, self.figures = kernels, Launcher(kernels), {}
+        self.figures["device"] = torch.cuda.get_device_name()
+
+    def run(self):
+        self.measure_limits()
+        self.time_experts()
+        self.time_dense()
+
+    def report(self, name, seconds, **shares):
+        self.figures[name] = {"microseconds": seconds * 1e6, **shares}
+        shown = "  ".join(f"{key} {value:.3g}" for key, value in shares.items())
+        print(f"     {name:<44} {seconds * 1e6:10.1f} us  {shown}", flush=True)
+
+    def measure_limits(self):
+        buffer = torch.randint(0, 1 << 30, (1 << 30,), dtype=torch.int32, device="cuda")
+        blocks = self.launch.sms * 8
+        args = [buffer, ctypes.c_int64(buffer.numel() // 4), torch.zeros(blocks, device="cuda")]
+        seconds = median_seconds(lambda: self.kernels.launch("read_sweep", blocks, 256, args))
+        self.read_bandwidth = buffer.numel() * 4 / seconds
+        self.report("read 4 GiB", seconds, TBps=self.read_bandwidth / 1e12)
+        a, b = bf16(2 * 8192, HIDDEN), bf16(2 * FFN, HIDDEN)
+        seconds = median_seconds(lambda: a @ b.T)
+        self.dense = 2 * a.shape[0] * HIDDEN * 2 * FFN / seconds
+        self.report("cuBLAS bf16, 16384 x 4096 x 28672", seconds, TFLOPs=self.dense / 1e12)
+
+    def report_share(self, name, seconds, weight_bytes, flops):
+        self.report(
+            name,
+            seconds,
+            of_read=weight_bytes / seconds / self.read_bandwidth,
+            of_dense=flops / seconds / self.dense,
+        )
+
+    def time_experts(self):
+        gate_up, down = bf16(EXPERTS, 2 * FFN, HIDDEN), bf16(EXPERTS, HIDDEN, FFN)
+        router = bf16(EXPERTS, HIDDEN)
+        for num_tokens in NUM_TOKENS:
+            layer = ExpertLayer(self.launch, gate_up, down, router, num_tokens)
+            for tile in tiles_for(num_tokens):
+                self.time_layer(layer, num_tokens, tile)
+
+    def time_layer(self, layer, num_tokens, tile):
+        case = f"{num_tokens} tokens, tile {tile}"
+        repetitions = 8 if num_tokens >= 1024 else 20
+        for name, share, work in [("gate_up", 2 / 3, layer.gate_up), ("down", 1 / 3, layer.down)]:
+            seconds = median_seconds(lambda work=work: work(tile), repetitions)
+            self.report_share(f"{name}, {case}", seconds, share * layer.weight_bytes, share * layer.flops)
+        self.report(f"gather, {case}", median_seconds(layer.gather))
+        self.report(f"combine, {case}", median_seconds(layer.combine))
+        seconds = median_seconds(layer.graph(tile).replay, repetitions)
+        self.report_share(f"expert layer, {case}", seconds, layer.weight_bytes, layer.flops)
+
+    def time_dense(self):
+        """The other products of a layer, whose weights stay in the L2 cache from one run to the next."""
+        for rows, name in ((6144, "qkv"), (HIDDEN, "o"), (32000, "lm_head")):
+            weights = bf16(1, rows, HIDDEN)
+            for num_tokens, tile in ((1, 8), (32, 32), (128, 64)):
+                x, out = bf16(num_tokens, HIDDEN), torch.zeros(num_tokens, rows, device="cuda")
+
+                def product(weights=weights, x=x, out=out, rows=rows, tile=tile):
+                    self.launch.grouped("f32", weights, x, out, None, rows, tile)
+
+                seconds = median_seconds(product)
+                bandwidth = weights.numel() * 2 / seconds / 1e12
+                self.report(f"{name}, {num_tokens} tokens, L2 warm", seconds, TBps=bandwidth)

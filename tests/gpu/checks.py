@@ -1,0 +1,161 @@
+"""Whether each kernel is right: against PyTorch in float64 on fresh inputs, and to the bit where promised."""
+
+import math
+
+import torch
+from launches import EXPERTS, HIDDEN, TILES, TOP_K, Launcher, NormShape, Placement, bf16, int32
+
+
+def error(got, expected):
+    """Frobenius norm of the difference, relative; NaN never passes."""
+    expected = expected.double()
+    return ((got.double() - expected).norm() / expected.norm()).item()
+
+
+class Checks:
+    """Runs all checks and counts what failed."""
+
+    def __init__(self, kernels):
+        self.kernels, self.launch, self.failures = kernels, Launcher(kernels), 0
+
+    def run(self):
+        for check in (
+            self.check_norms,
+            self.check_route,
+            self.check_small,
+            self.check_attention,
+            self.check_grouped,
+        ):
+            check()
+            torch.cuda.synchronize()
+        return self.failures
+
+    def expect(self, what, deviation, tolerance):
+        ok = deviation <= tolerance
+        self.failures += not ok
+        print(f"{'ok  ' if ok else 'FAIL'} {what:<58} {deviation:.2e} (at most {tolerance:.0e})", flush=True)
+
+    def expect_equal(self, what, got, expected):
+        self.expect(what, 0.0 if torch.equal(got, expected) else math.inf, 0.0)
+
+    def check_grouped(self):
+        for name, counts in [("ragged", [5, 0, 64, 1, 70, 3, 128, 33]), ("one", [0, 0, 0, 7, 0, 0, 0, 0])]:
+            offsets = int32([0, *torch.tensor(counts).cumsum(0).tolist()])
+            rows, k, features = sum(counts), 320, 200
+            x, weights = bf16(rows, k), bf16(EXPERTS, features, k)
+            expert_of = torch.repeat_interleave(torch.arange(EXPERTS), torch.tensor(counts)).tolist()
+            expected = torch.stack([x[r].double() @ weights[e].double().T for r, e in enumerate(expert_of)])
+            first = None
+            for tokens in [*TILES, None]:
+                out = torch.full((rows, 256), math.nan, device="cuda")
+                self.launch.grouped("f32", weights, x, out, offsets, features, tokens)
+                self.expect(f"grouped {name} f32, tile {tokens}", error(out[:, :features], expected), 1e-5)
+                if not out[:, features:].isnan().all():
+                    self.expect(f"grouped {name} f32, tile {tokens}: padding untouched", math.inf, 0)
+                first = out if first is None else first
+                if tokens is not None:
+                    what = f"grouped {name} f32, tile {tokens}: bits of tile 8"
+                    self.expect_equal(what, out[:, :features], first[:, :features])
+                out16 = torch.zeros(rows, 256, device="cuda", dtype=torch.bfloat16)
+                self.launch.grouped("bf16", weights, x, out16, offsets, features, tokens)
+                self.expect(f"grouped {name} bf16, tile {tokens}", error(out16[:, :features], expected), 4e-3)
+                act = torch.zeros(rows, 128, device="cuda", dtype=torch.bfloat16)
+                self.launch.grouped("swiglu", weights, x, act, offsets, features // 2, tokens)
+                pairs = expected.view(rows, -1, 2, 8) if features % 16 == 0 else None
+                if pairs is None:
+                    padded = torch.zeros(rows, 208, device="cuda", dtype=torch.float64)
+                    padded[:, :features] = expected
+                    pairs = padded.view(rows, -1, 2, 8)
+                silu = torch.nn.functional.silu(pairs[:, :, 0]) * pairs[:, :, 1]
+                self.expect(
+                    f"grouped {name} swiglu, tile {tokens}",
+                    error(act[:, :96], silu.reshape(rows, -1)[:, :96]),
+                    4e-3,
+                )
+
+    def check_norms(self):
+        x, delta, weight = (torch.randn(s, HIDDEN, device="cuda") for s in (5, 5, 1))
+        out = torch.zeros(5, HIDDEN, device="cuda", dtype=torch.bfloat16)
+        shape = NormShape(HIDDEN, HIDDEN, 1e-5)
+        total = x + delta
+        self.kernels.launch("add_rms_norm", 5, 256, [x, delta, weight, out, shape], HIDDEN * 4)
+        wide = total.double()
+        expected = wide / (wide.pow(2).mean(1, keepdim=True) + 1e-5).sqrt() * weight.double()
+        self.expect_equal("add_rms_norm: residual", x, total)
+        self.expect("add_rms_norm", error(out, expected), 4e-3)
+        plain = torch.zeros_like(out)
+        self.kernels.launch("rms_norm", 5, 256, [x, weight, plain, shape], HIDDEN * 4)
+        self.expect_equal("rms_norm: bits of add_rms_norm", plain, out)
+
+    def check_route(self):
+        for tokens in (1, 33, 500):
+            x, router = bf16(tokens, HIDDEN), bf16(EXPERTS, HIDDEN)
+            for _ in range(2):
+                ids, weights, offsets, permutation, rows, _ = self.launch.route(x, router)
+            logits = x.double() @ router.double().T
+            top = logits.topk(TOP_K, dim=1)
+            self.expect_equal(f"route {tokens}: experts", ids, top.indices.int())
+            self.expect(f"route {tokens}: weights", error(weights, top.values.softmax(1)), 1e-5)
+            order = torch.argsort(ids.flatten(), stable=True).int()
+            self.expect_equal(f"route {tokens}: permutation", permutation, order)
+            in_order = torch.arange(2 * tokens).cuda().int()
+            self.expect_equal(f"route {tokens}: inverse", rows[order.long()], in_order)
+            counts = torch.bincount(ids.flatten(), minlength=EXPERTS).cumsum(0).int()
+            self.expect_equal(f"route {tokens}: offsets", offsets[1:], counts)
+
+    def check_small(self):
+        logits = torch.randn(9, 32000, device="cuda")
+        logits[1, 77] = logits[1, 99] = 50.0
+        logits[2, 5] = math.nan
+        tokens = int32([0] * 9)
+        self.kernels.launch("greedy", 9, 1024, [logits, 32000, 32000, tokens])
+        expected = logits.argmax(1).int()
+        expected[1], expected[2] = 77, -1
+        self.expect_equal("greedy", tokens, expected)
+
+        matrix = torch.zeros(64, 128, device="cuda", dtype=torch.bfloat16)
+        rows = bf16(24, 100)
+        self.kernels.launch("place_rows", 24, 256, [rows, 0, matrix, Placement(100, 128, 8, 1)])
+        self.expect_equal("place_rows, interleaved", matrix[24:32, :100], rows[8:16])
+        y, weights = torch.randn(12, HIDDEN, device="cuda"), torch.rand(6, 2, device="cuda")
+        token_rows = torch.randperm(12).cuda().int().view(6, 2)
+        out = torch.zeros(6, HIDDEN, device="cuda")
+        self.launch.combine(y, token_rows, weights, out)
+        expected = (y[token_rows.long()].double() * weights.double()[:, :, None]).sum(1)
+        self.expect("combine_experts", error(out, expected), 1e-6)
+
+    def check_attention(self):
+        for heads, kv_heads, head_dim, window, length in [
+            (32, 8, 128, 1 << 30, 700),
+            (4, 2, 64, 100, 300),
+            (8, 1, 32, 1 << 30, 130),
+            (2, 2, 12, 1 << 30, 530),
+        ]:
+            stride = 16 if head_dim == 12 else head_dim
+            blocks, block_size = -(-length // 16) + 1, 16
+            keys, values = (bf16(length, kv_heads, head_dim) for _ in range(2))
+            table = torch.randperm(blocks - 1)[: blocks - 1].cuda().int() + 1
+            cache = torch.zeros(blocks, 2, kv_heads, block_size, stride, device="cuda", dtype=torch.bfloat16)
+            at = torch.arange(length)
+            block, offset = table.cpu()[at // block_size].long(), at % block_size
+            cache[block, 0, :, offset, :head_dim] = keys
+            cache[block, 1, :, offset, :head_dim] = values
+            q = bf16(length, heads * head_dim)
+            args = (heads, kv_heads, head_dim, window)
+            whole = self.launch.attend(q, cache, table, 0, *args, False)
+            group = heads // kv_heads
+            queries = q.view(length, heads, head_dim).double()
+            scores = torch.einsum("qhd,khd->hqk", queries, keys.repeat_interleave(group, 1).double())
+            scores /= math.sqrt(head_dim)
+            distance = at[:, None] - at[None]
+            mask = ((distance < 0) | (distance >= window)).cuda()
+            weights = scores.masked_fill(mask, -math.inf).softmax(-1)
+            expected = torch.einsum("hqk,khd->qhd", weights, values.repeat_interleave(group, 1).double())
+            name = f"attention {heads}/{kv_heads} x {head_dim}, {length} tokens"
+            self.expect(name, error(whole, expected.reshape(length, -1)), 4e-3)
+            self.expect_equal(f"{name}: split", self.launch.attend(q, cache, table, 0, *args, True), whole)
+            last = self.launch.attend(q[-1:].contiguous(), cache, table, length - 1, *args, True)
+            self.expect_equal(f"{name}: last token alone", last, whole[-1:])
+            cut = length - 70
+            chunked = self.launch.attend(q[cut:].contiguous(), cache, table, cut, *args, False)
+            self.expect_equal(f"{name}: last 70 tokens", chunked, whole[cut:])
