@@ -76,6 +76,13 @@ DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
+// Transposes an 8x8 matrix of 16-bit elements; lane l holds row l / 4, columns 2 (l % 4) and the next. movmatrix.trans
+DEVICE uint32_t transpose_8x8(uint32_t pair) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
+}
+
 // 16 bytes from global to shared memory behind the thread's back; zeros if not `valid`. cp.async.cg
 DEVICE void cp_async_16(void* shared, const void* global, bool valid = true) {
   int bytes = valid ? 16 : 0;
