@@ -154,6 +154,16 @@ inline T __shfl_down_sync(uint32_t mask, T value, unsigned delta, int width = 32
   return emulator::shuffle_value(mask, emulator::Shuffle::DOWN, value, static_cast<int>(delta), width);
 }
 
+// A wrapper of device.cuh; here because it is made of shuffles.
+inline uint32_t transpose_8x8(uint32_t pair) {
+  // This lane's new elements are [column][row] and [column + 1][row]; lane 4 r + c / 2 holds [r][c].
+  const int row = threadIdx.x % 32 / 4, column = 2 * (threadIdx.x % 4);
+  uint32_t low = __shfl_sync(~0u, pair, 4 * column + row / 2);
+  uint32_t high = __shfl_sync(~0u, pair, 4 * (column + 1) + row / 2);
+  int shift = row % 2 * 16;
+  return (low >> shift & 0xffff) | high >> shift << 16;
+}
+
 inline uint32_t __ballot_sync(uint32_t mask, int predicate) { return emulator::ballot(mask, predicate != 0); }
 inline int __any_sync(uint32_t mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(uint32_t mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }

@@ -78,15 +78,6 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { emulator::loa
 inline void ldmatrix_x2(uint32_t (&r)[2], const void* row) { emulator::load_matrices(r, row, 2, false); }
 inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) { emulator::load_matrices(r, row, 2, true); }
 
-inline uint32_t transpose_8x8(uint32_t pair) {
-  // This lane's new elements are [column][row] and [column + 1][row]; lane 4 r + c / 2 holds [r][c].
-  const int row = threadIdx.x % 32 / 4, column = 2 * (threadIdx.x % 4);
-  uint32_t low = __shfl_sync(~0u, pair, 4 * column + row / 2);
-  uint32_t high = __shfl_sync(~0u, pair, 4 * (column + 1) + row / 2);
-  int shift = row % 2 * 16;
-  return (low >> shift & 0xffff) | high >> shift << 16;
-}
-
 inline void cp_async_16(void* shared, const void* global, bool valid = true) {
   emulator::issue_async_copy(shared, global, valid);
 }
