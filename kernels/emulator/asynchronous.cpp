@@ -36,9 +36,10 @@ void reset_engines(Engines& engines, uint32_t num_threads) {
   }
 }
 
-void check_engines_idle(Engines& engines) {
-  if (!engines.bulk_copies.empty()) die("the block ended before its bulk tensor copies");
-  check_wgmma_idle(engines);
+const char* unfinished_work(const Engines& engines) {
+  if (!engines.used) return nullptr;
+  if (!engines.bulk_copies.empty()) return "the block ended before its bulk tensor copies";
+  return unfinished_wgmma(engines);
 }
 
 // ---- cp.async --------------------------------------------------------------------------------------------------
@@ -56,10 +57,10 @@ static void perform(const AsyncCopy& copy) {
 void issue_async_copy(void* shared, const void* global, bool valid) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) die("cp.async: shared address %p is not a multiple of 16", shared);
   if (reinterpret_cast<uintptr_t>(global) % 16 != 0) die("cp.async: global address %p is not a multiple of 16", global);
-  engines().used = true;
-  AsyncCopies& copies = engines().copies[linear_thread()];
+  here().block->engines->used = true;
+  AsyncCopies& copies = here().block->engines->copies[here().linear];
   AsyncCopy copy{static_cast<char*>(shared), static_cast<const char*>(global), copies.num_committed, valid};
-  if (here.early) {
+  if (here().block->early) {
     perform(copy);
   } else {
     copies.pending.push_back(copy);
@@ -67,12 +68,12 @@ void issue_async_copy(void* shared, const void* global, bool valid) {
 }
 
 void commit_async_copies() {
-  engines().used = true;
-  engines().copies[linear_thread()].num_committed++;
+  here().block->engines->used = true;
+  here().block->engines->copies[here().linear].num_committed++;
 }
 
 void wait_async_copies(uint32_t max_in_flight) {
-  AsyncCopies& copies = engines().copies[linear_thread()];
+  AsyncCopies& copies = here().block->engines->copies[here().linear];
   auto due = [&](const AsyncCopy& copy) { return copy.group + max_in_flight < copies.num_committed; };
   size_t num_due = 0;
   while (num_due < copies.pending.size() && due(copies.pending[num_due])) perform(copies.pending[num_due++]);
@@ -149,8 +150,8 @@ static void complete_bytes(uint64_t* barrier, uint32_t bytes) {
 // ---- bulk tensor copies ----------------------------------------------------------------------------------------
 
 uint32_t shared_offset(const void* address) {
-  ptrdiff_t offset = static_cast<const char*>(address) - here.dynamic_shared;
-  if (offset < 0 || static_cast<size_t>(offset) >= here.dynamic_shared_bytes) {
+  ptrdiff_t offset = static_cast<const char*>(address) - here().block->dynamic_shared;
+  if (offset < 0 || static_cast<size_t>(offset) >= here().block->dynamic_shared_bytes) {
     die("address %p does not lie in dynamic shared memory", address);
   }
   return static_cast<uint32_t>(offset);
@@ -179,8 +180,8 @@ static void write_row(const BulkCopy& copy, uint32_t row_index, const char* row)
   uint32_t begin = copy.shared_offset + row_index * row_bytes;
   for (uint32_t i = 0; i < row_bytes; i += 16) {
     uint32_t offset = copy.map.swizzle_128 ? swizzle_128(begin + i) : begin + i;
-    note_write(here.dynamic_shared + offset, 16);
-    memcpy(here.dynamic_shared + offset, row + i, 16);
+    note_write(here().block->dynamic_shared + offset, 16);
+    memcpy(here().block->dynamic_shared + offset, row + i, 16);
   }
 }
 
@@ -236,15 +237,15 @@ void issue_bulk_copy(void* shared, const void* tensor_map, uint64_t* barrier, co
     die("tma: shared offset %u is not a multiple of %u", copy.shared_offset, alignment);
   }
   uint32_t bytes = copy.map.box[0] * copy.map.element_bytes * box_rows(copy.map);
-  if (copy.shared_offset + bytes > here.dynamic_shared_bytes) die("tma: the box reaches past dynamic shared memory");
+  if (copy.shared_offset + bytes > here().block->dynamic_shared_bytes) die("tma: the box reaches past dynamic shared memory");
   copy.barrier = barrier;
   note_read(barrier, sizeof *barrier);
   load(barrier);
   for (uint32_t i = 0; i < rank; i++) copy.start[i] = start[i];
-  Engines& all = engines();
+  Engines& all = (*here().block->engines);
   all.used = true;
   order_release(&all.copy_order.issued);
-  if (here.early) {
+  if (here().block->early) {
     perform(all, copy);
   } else {
     all.bulk_copies.push_back(copy);

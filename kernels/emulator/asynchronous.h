@@ -84,6 +84,19 @@ struct Warpgroup {
   uint32_t num_issued[WARPS] = {};
 };
 
+constexpr uint32_t TILE_K = 16;
+constexpr uint32_t WARP_ROWS = 16;
+constexpr uint32_t MAX_COLUMNS = 256;
+
+// 16 rows of one column, or of one k: the unit in which the compiler vectorises on every target.
+typedef float Column __attribute__((vector_size(WARP_ROWS * sizeof(float))));
+
+// What a wgmma works in; too large for the stack of a thread, and better in the cache where it is.
+struct WgmmaScratch {
+  Column columns[MAX_COLUMNS];
+  float b[MAX_COLUMNS][TILE_K];
+};
+
 struct Engines {
   AsyncCopies copies[MAX_THREADS];
   WarpTensorCore tensor_cores[MAX_WARPS];
@@ -91,6 +104,7 @@ struct Engines {
   PlainVector<BulkCopy> bulk_copies;
   EngineOrder copy_order;
   uint32_t waiting_warps = 0;  // those with awaited wgmma
+  WgmmaScratch scratch;
   bool used = false;  // whether the block has left anything to reset
 };
 
@@ -100,6 +114,6 @@ constexpr uint32_t swizzle_128(uint32_t offset) { return offset ^ ((offset >> 7 
 
 // Does what the warp waits for, and wakes it.
 void finish_awaited_wgmma(Engines& engines, uint32_t warp);
-void check_wgmma_idle(const Engines& engines);
+const char* unfinished_wgmma(const Engines& engines);
 
 }  // namespace emulator

@@ -46,7 +46,7 @@
   static const emulator::Kernel name##_registration(#name, name##_threads, sizeof(emulator::Binder<&name>::Arguments), \
                                                     emulator::Binder<&name>::copy_arguments,                           \
                                                     emulator::Binder<&name>::call);
-#define DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(emulator::here.dynamic_shared)
+#define DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(emulator::here().block->dynamic_shared)
 
 namespace emulator {
 
@@ -82,10 +82,10 @@ using NonDeduced = typename Identity<T>::type;
 
 // ---- builtin variables and types -------------------------------------------------------------------------------
 
-#define threadIdx (emulator::here.thread_index)
-#define blockIdx (emulator::here.block_index)
-#define blockDim (emulator::here.block_dim)
-#define gridDim (emulator::here.grid_dim)
+#define threadIdx (emulator::here().index)
+#define blockIdx (emulator::here().block->index)
+#define blockDim (emulator::here().block->block_dim)
+#define gridDim (emulator::here().block->grid_dim)
 constexpr int warpSize = 32;
 
 #define EMULATOR_VECTOR_TYPES(T, name)                                                         \

@@ -35,12 +35,11 @@ constexpr int SAVED_REGISTERS = 6;
 
 namespace emulator {
 
-thread_local Here here;
+char* stack_arena;
+ThreadPlace* stack_owners[NUM_STACKS];
 
 namespace {
 
-// Frames grow red zones under the sanitizers.
-constexpr size_t STACK_BYTES = SANITIZED ? 256 << 10 : 64 << 10;
 constexpr uint64_t STACK_CANARY = 0x57494e44524f5345;
 constexpr int POISON = 0xff;  // NaN in float and in bf16, -1 as an integer
 constexpr size_t SHARED_CANARY_BYTES = 1024;
@@ -51,25 +50,23 @@ constexpr bool SHARE_STACKS = false;
 constexpr bool SHARE_STACKS = true;
 #endif
 
-struct Stack {
-  char* bottom = nullptr;
-  char* top = nullptr;
-};
-
 struct Range {
   char* begin = nullptr;
   char* end = nullptr;
 };
 
+// Lanes that come together for one warp operation.
 struct Meeting {
-  uint32_t mask, arrived;  // mask 0: free
+  uint32_t mask, arrived;
   Operation operation;
   void* arguments[LANES];
 };
 
 struct Warp {
-  static constexpr int MAX_MEETINGS = 8;
-  uint32_t ready;  // lanes that can run, or have not begun
+  static constexpr uint32_t MAX_MEETINGS = 8;
+  uint32_t ready;          // lanes that can run, or have not begun
+  uint32_t begun;          // lanes that have a stack, or had one
+  uint32_t open_meetings;  // bits of `meetings` in use
   Meeting meetings[MAX_MEETINGS];
 };
 
@@ -78,49 +75,50 @@ struct Barrier {
   // A thread may come to the next use of a barrier before another has left this one: two tokens for the sanitizer.
   uint32_t num_uses;
   char tokens[2];
-  uint32_t waiting[MAX_WARPS];
+  uint32_t waiting[MAX_WARPS];  // lanes; all zero whenever `arrived` is
 };
 
-}  // namespace
+constexpr uint32_t NO_STACK = ~0u;
 
-struct Thread {
-  uint3 index;
-  uint32_t linear, lane, warp;
-  bool begun;
-  Wait wait;
-  uint32_t barrier_id;
+struct Thread : ThreadPlace {
+  Wait wait = Wait::NONE;
   Operation operation;
+  uint32_t barrier_id;
+  uint32_t stack = NO_STACK;  // index in the arena
   const uint64_t* mbarrier;
   void* stack_pointer;
-  Stack stack;
   SanitizerFiber sanitizer;
 };
 
 // One block at a time of a launch, reused for the next: stacks, shared memory and threads outlive it.
-struct Block {
+struct Block : BlockPlace {
   const Launch* launch = nullptr;
   Options options;
   uint64_t random = 0;
 
-  uint32_t num_threads = 0, num_warps = 0, live = 0, ready_warps = 0, current_warp = 0;
+  uint32_t num_threads = 0, live = 0, ready_warps = 0, current_warp = 0;
   Thread threads[MAX_THREADS];
   Warp warps[MAX_WARPS];
   Barrier barriers[NUM_BARRIERS];
   PlainVector<Thread*> mbarrier_waiters;
 
-  PlainVector<Stack> all_stacks, free_stacks;
-  char* shared = nullptr;
+  uint32_t first_stack, num_stacks = 0;  // of this block in the arena
+  PlainVector<uint32_t> free_stacks;
   Range static_shared;  // of the OS thread that runs the block
-  Engines* engines = nullptr;
 
   void* os_stack_pointer = nullptr;
   SanitizerFiber os_thread;
   char start_token, end_token;
 
-  Block();
+  explicit Block(uint32_t worker);
   Thread* next_ready();
-  Stack take_stack(const Thread& thread);
+  uint32_t take_stack(const Thread& thread);
 };
+
+}  // namespace
+
+static Thread& this_thread() { return static_cast<Thread&>(here()); }
+static Block& this_block() { return static_cast<Block&>(*here().block); }
 
 // ---- kernels ---------------------------------------------------------------------------------------------------
 
@@ -146,26 +144,35 @@ const Kernel* find_kernel(const char* name) {
 
 // ---- reports ---------------------------------------------------------------------------------------------------
 
-static void print_place() {
-  fprintf(stderr, "emulator: ");
-  if (here.block == nullptr) return;
-  const Launch& launch = *here.block->launch;
-  fprintf(stderr, "kernel %s, block (%u, %u, %u)", launch.kernel->name, here.block_index.x, here.block_index.y,
-          here.block_index.z);
-  const uint3& thread = here.thread_index;
-  if (here.thread != nullptr) fprintf(stderr, ", thread (%u, %u, %u)", thread.x, thread.y, thread.z);
-  fprintf(stderr, ": ");
+// The thread whose stack holds an address; null if it is the stack of none.
+static const ThreadPlace* owner_of(const void* stack_pointer) {
+  size_t offset = static_cast<size_t>(static_cast<const char*>(stack_pointer) - stack_arena);
+  return stack_arena != nullptr && offset < NUM_STACKS * STACK_BYTES ? stack_owners[offset / STACK_BYTES] : nullptr;
 }
 
-void die(const char* format, ...) {
-  print_place();
-  va_list arguments;
-  va_start(arguments, format);
+static void print_block(const BlockPlace& place) {
+  const Block& block = static_cast<const Block&>(place);
+  fprintf(stderr, "emulator: kernel %s, block (%u, %u, %u)", block.launch->kernel->name, block.index.x, block.index.y,
+          block.index.z);
+}
+
+[[noreturn]] static void die_at(const ThreadPlace* place, const char* format, va_list arguments) {
+  if (place == nullptr) {
+    fprintf(stderr, "emulator: ");
+  } else {
+    print_block(*place->block);
+    fprintf(stderr, ", thread (%u, %u, %u): ", place->index.x, place->index.y, place->index.z);
+  }
   vfprintf(stderr, format, arguments);
-  va_end(arguments);
   fputc('\n', stderr);
   fflush(stderr);
   abort();
+}
+
+void die(const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  die_at(owner_of(__builtin_frame_address(0)), format, arguments);
 }
 
 static const char* name_of(Operation operation) {
@@ -186,9 +193,8 @@ static bool waits_alike(const Thread& a, const Thread& b) {
 
 // Prints runs of threads that wait for the same, and aborts.
 [[noreturn]] static void report_deadlock(const Block& block) {
-  here.thread = nullptr;
-  print_place();
-  fprintf(stderr, "deadlock, %u of %u threads left", block.live, block.num_threads);
+  print_block(block);
+  fprintf(stderr, ": deadlock, %u of %u threads left", block.live, block.num_threads);
   for (uint32_t first = 0; first < block.num_threads;) {
     uint32_t end = first + 1;
     while (end < block.num_threads && waits_alike(block.threads[first], block.threads[end])) end++;
@@ -207,60 +213,66 @@ static bool waits_alike(const Thread& a, const Thread& b) {
 
 [[noreturn]] static void thread_main();
 
-Block::Block() {
-  size_t bytes = (MAX_SHARED_BYTES + SHARED_CANARY_BYTES + 1023) / 1024 * 1024;
-  shared = static_cast<char*>(mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-  if (shared == MAP_FAILED) die("no memory for shared memory");
+Block::Block(uint32_t worker) : first_stack(worker * MAX_THREADS) {
+  constexpr size_t BYTES = (MAX_SHARED_BYTES + SHARED_CANARY_BYTES + 1023) / 1024 * 1024;
+  void* memory = mmap(nullptr, BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) die("no memory for shared memory");
+  dynamic_shared = static_cast<char*>(memory);
   engines = create_engines();
+  mbarrier_waiters.reserve(MAX_THREADS);
+  free_stacks.reserve(MAX_THREADS);
 }
 
-// Tops are spread over the cache's sets: stacks at one power of two apart would all fall on the same few lines.
-static Stack create_stack(size_t stack_index) {
-  void* memory =
-      mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+static void create_arena() {
+  if (stack_arena != nullptr) return;
+  constexpr int FLAGS = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  void* memory = mmap(nullptr, NUM_STACKS * STACK_BYTES, PROT_READ | PROT_WRITE, FLAGS, -1, 0);
   if (memory == MAP_FAILED) die("no memory for the stacks of threads");
-  char* bottom = static_cast<char*>(memory);
-  memcpy(bottom, &STACK_CANARY, sizeof STACK_CANARY);
-  size_t colour = stack_index % 61 * 192;
-  return Stack{bottom, bottom + STACK_BYTES - colour};
+  stack_arena = static_cast<char*>(memory);
 }
+
+static char* bottom_of(uint32_t stack) { return stack_arena + stack * STACK_BYTES; }
+
+// Tops are spread over the cache's sets: at one power of two apart all would fall on the same few lines.
+static char* top_of(uint32_t stack) { return bottom_of(stack) + STACK_BYTES - stack % 61 * 192; }
 
 // The stack that was left last comes first, while it is in the cache.
-Stack Block::take_stack(const Thread& thread) {
-  if (!SHARE_STACKS && thread.stack.bottom != nullptr) return thread.stack;
-  if (free_stacks.empty()) {
-    all_stacks.push_back(create_stack(all_stacks.size()));
-    return all_stacks.back();
+uint32_t Block::take_stack(const Thread& thread) {
+  if (!SHARE_STACKS && thread.stack != NO_STACK) return thread.stack;
+  if (!free_stacks.empty()) {
+    uint32_t stack = free_stacks.back();
+    free_stacks.pop_back();
+    return stack;
   }
-  Stack stack = free_stacks.back();
-  free_stacks.pop_back();
+  uint32_t stack = first_stack + num_stacks++;
+  memcpy(bottom_of(stack), &STACK_CANARY, sizeof STACK_CANARY);
   return stack;
 }
 
-static void begin(Block& block, Thread& thread) {
-  thread.begun = true;
-  thread.stack = block.take_stack(thread);
-  // As emulator_switch_stack leaves a stack: saved registers, then where to return to. The ABI wants the stack pointer
-  // 8 bytes past a multiple of 16 at the start of a function.
-  void** top = reinterpret_cast<void**>(thread.stack.top) - 2;
-  *top = reinterpret_cast<void*>(thread_main);
-  thread.stack_pointer = top - SAVED_REGISTERS;
-  memset(thread.stack_pointer, 0, SAVED_REGISTERS * sizeof(void*));
-  thread.sanitizer.stack_bottom = thread.stack.bottom;
+static void own_stack(Thread& thread, uint32_t stack) {
+  thread.stack = stack;
+  stack_owners[stack] = &thread;
+  if (!SANITIZED) return;
+  thread.sanitizer.fake_stack = nullptr;
+  thread.sanitizer.stack_bottom = bottom_of(stack);
   thread.sanitizer.stack_bytes = STACK_BYTES;
 }
 
-static void set_here(Thread& thread) {
-  here.thread = &thread;
-  here.thread_index = thread.index;
-  here.lane = thread.lane;
-  here.warp = thread.warp;
+static bool has_begun(const Block& block, const Thread& thread) {
+  return (block.warps[thread.warp].begun >> thread.lane & 1) != 0;
 }
 
-static void resume(Block& block, Thread& thread) {
-  if (!thread.begun) begin(block, thread);
-  thread.wait = Wait::NONE;
-  set_here(thread);
+static void set_begun(Block& block, const Thread& thread) { block.warps[thread.warp].begun |= 1u << thread.lane; }
+
+static void begin(Block& block, Thread& thread) {
+  set_begun(block, thread);
+  own_stack(thread, block.take_stack(thread));
+  // As emulator_switch_stack leaves a stack: saved registers, then where to return to. The ABI wants the stack pointer
+  // 8 bytes past a multiple of 16 at the start of a function.
+  void** top = reinterpret_cast<void**>(top_of(thread.stack)) - 2;
+  *top = reinterpret_cast<void*>(thread_main);
+  thread.stack_pointer = top - SAVED_REGISTERS;
+  memset(thread.stack_pointer, 0, SAVED_REGISTERS * sizeof(void*));
 }
 
 // ---- the schedule ----------------------------------------------------------------------------------------------
@@ -318,30 +330,28 @@ static void make_ready(Block& block, uint32_t warp, uint32_t lanes) {
   block.ready_warps |= 1u << warp;
 }
 
-static void switch_from(Thread& thread) {
-  Block& block = *here.block;
+static void switch_from(Block& block, Thread& thread) {
   Thread* next = block.next_ready();
-  if (next == &thread) {
-    resume(block, thread);
-    return;
+  if (next != &thread) {
+    if (!has_begun(block, *next)) begin(block, *next);
+    before_switch(thread.sanitizer, next->sanitizer, false);
+    emulator_switch_stack(&thread.stack_pointer, next->stack_pointer);
+    after_switch(thread.sanitizer, nullptr);
   }
-  resume(block, *next);
-  before_switch(thread.sanitizer, next->sanitizer, false);
-  emulator_switch_stack(&thread.stack_pointer, next->stack_pointer);
-  after_switch(thread.sanitizer, nullptr);
+  thread.wait = Wait::NONE;
 }
 
-static void park(Wait wait) {
-  Thread& thread = *here.thread;
+static void park(Block& block, Thread& thread, Wait wait) {
   thread.wait = wait;
-  switch_from(thread);
+  switch_from(block, thread);
 }
 
 void yield() {
-  Thread& thread = *here.thread;
-  make_ready(*here.block, thread.warp, 1u << thread.lane);
-  here.block->current_warp = (thread.warp + 1) % MAX_WARPS;
-  switch_from(thread);
+  Block& block = this_block();
+  Thread& thread = this_thread();
+  make_ready(block, thread.warp, 1u << thread.lane);
+  block.current_warp = (thread.warp + 1) % MAX_WARPS;
+  switch_from(block, thread);
 }
 
 static void complete(Block& block, Barrier& barrier) {
@@ -361,11 +371,11 @@ static void end_thread(Block& block) {
   if (barrier.arrived != 0 && barrier.expected == 0 && barrier.arrived == block.live) complete(block, barrier);
 }
 
-static void leave_for_good(Block& block, Thread& thread, Thread* next) {
+[[noreturn]] static void leave_for_good(Block& block, Thread& thread, Thread* next) {
   if (SHARE_STACKS) block.free_stacks.push_back(thread.stack);
   void* unused;
   if (next != nullptr) {
-    resume(block, *next);
+    if (!has_begun(block, *next)) begin(block, *next);
     before_switch(thread.sanitizer, next->sanitizer, true);
     emulator_switch_stack(&unused, next->stack_pointer);
   } else {
@@ -378,27 +388,26 @@ static void leave_for_good(Block& block, Thread& thread, Thread* next) {
 // Runs one thread of the block after the other on this stack, as long as the next one has not begun elsewhere: a block
 // whose threads return at once costs hardly more than their calls.
 static void thread_main() {
-  Block& block = *here.block;
+  Block& block = this_block();
   bool from_os_thread = block.os_thread.stack_bottom == nullptr;
-  after_switch(here.thread->sanitizer, from_os_thread ? &block.os_thread : nullptr);
+  after_switch(this_thread().sanitizer, from_os_thread ? &block.os_thread : nullptr);
   for (;;) {
     order_acquire(&block.start_token);
     block.launch->kernel->call(block.launch->arguments);
     end_thread(block);
-    Thread& ended = *here.thread;
+    Thread& ended = this_thread();
     Thread* next = block.next_ready();
-    if (!SHARE_STACKS || next == nullptr || next->begun) leave_for_good(block, ended, next);
-    next->begun = true;
-    next->stack = ended.stack;
-    next->sanitizer = ended.sanitizer;
-    resume(block, *next);
+    if (!SHARE_STACKS || next == nullptr || has_begun(block, *next)) leave_for_good(block, ended, next);
+    set_begun(block, *next);
+    own_stack(*next, ended.stack);
   }
 }
 
 // ---- barriers and warp operations ------------------------------------------------------------------------------
 
 void barrier_sync(uint32_t id, uint32_t threads) {
-  Block& block = *here.block;
+  Block& block = this_block();
+  Thread& thread = this_thread();
   if (id >= NUM_BARRIERS) die("barrier %u does not exist", id);
   if (threads % LANES != 0) die("barrier %u joins %u threads, not whole warps", id, threads);
   Barrier& barrier = block.barriers[id];
@@ -412,95 +421,110 @@ void barrier_sync(uint32_t id, uint32_t threads) {
   if (++barrier.arrived == awaited) {
     complete(block, barrier);
   } else {
-    barrier.waiting[here.warp] |= 1u << here.lane;
-    here.thread->barrier_id = id;
-    park(Wait::BARRIER);
+    barrier.waiting[thread.warp] |= 1u << thread.lane;
+    thread.barrier_id = id;
+    park(block, thread, Wait::BARRIER);
   }
   order_acquire(token);
 }
 
-// The meeting that the lanes of `mask` hold already, or a new one.
-static Meeting& find_meeting(Warp& warp, uint32_t mask, Operation operation) {
-  Meeting* unused = nullptr;
-  for (Meeting& meeting : warp.meetings) {
-    if (meeting.mask == 0) {
-      if (unused == nullptr) unused = &meeting;
-      continue;
-    }
-    if (meeting.mask == mask && (meeting.arrived >> here.lane & 1) == 0) {
-      if (meeting.operation == operation) return meeting;
-      die("lanes of warp %u meet in %s and in %s", here.warp, name_of(meeting.operation), name_of(operation));
-    }
-    if ((meeting.mask & mask) != 0) {
-      die("lane %u calls %s with mask %08x while %s with mask %08x is under way", here.lane, name_of(operation), mask,
-          name_of(meeting.operation), meeting.mask);
-    }
+static void refuse_meeting(const Thread& thread, const Meeting& meeting, uint32_t mask, Operation operation) {
+  if (meeting.mask == mask && meeting.operation != operation) {
+    die("lanes of warp %u meet in %s and in %s", thread.warp, name_of(meeting.operation), name_of(operation));
   }
-  if (unused == nullptr) die("too many warp operations at once in warp %u", here.warp);
-  unused->mask = mask;
-  unused->operation = operation;
-  return *unused;
+  if ((meeting.mask & mask) != 0) {
+    die("lane %u calls %s with mask %08x while %s with mask %08x is under way", thread.lane, name_of(operation), mask,
+        name_of(meeting.operation), meeting.mask);
+  }
+}
+
+// The meeting that lanes of `mask` hold already, or a new one.
+static uint32_t find_meeting(const Thread& thread, Warp& warp, uint32_t mask, Operation operation) {
+  for (uint32_t open = warp.open_meetings; open != 0; open &= open - 1) {
+    uint32_t index = static_cast<uint32_t>(__builtin_ctz(open));
+    const Meeting& meeting = warp.meetings[index];
+    if (meeting.mask == mask && meeting.operation == operation) return index;
+    refuse_meeting(thread, meeting, mask, operation);
+  }
+  uint32_t index = static_cast<uint32_t>(__builtin_ctz(~warp.open_meetings));
+  if (index >= Warp::MAX_MEETINGS) die("too many warp operations at once in warp %u", thread.warp);
+  warp.open_meetings |= 1u << index;
+  warp.meetings[index].mask = mask;
+  warp.meetings[index].arrived = 0;
+  warp.meetings[index].operation = operation;
+  return index;
 }
 
 void meet(uint32_t mask, Operation operation, void* argument, Act act) {
-  Block& block = *here.block;
-  Warp& warp = block.warps[here.warp];
-  uint32_t own = 1u << here.lane;
-  if ((mask & own) == 0) die("lane %u calls %s with mask %08x, without itself", here.lane, name_of(operation), mask);
-  Meeting& meeting = find_meeting(warp, mask, operation);
+  Block& block = this_block();
+  Thread& thread = this_thread();
+  Warp& warp = block.warps[thread.warp];
+  uint32_t own = 1u << thread.lane;
+  if ((mask & own) == 0) die("lane %u calls %s with mask %08x, without itself", thread.lane, name_of(operation), mask);
+  uint32_t index = find_meeting(thread, warp, mask, operation);
+  Meeting& meeting = warp.meetings[index];
   bool orders_memory = operation == Operation::SYNC;
-  bool is_over = false;
   if (orders_memory) order_release(&meeting);
-  meeting.arguments[here.lane] = argument;
+  meeting.arguments[thread.lane] = argument;
   meeting.arrived |= own;
+  bool is_over = false;
   if (meeting.arrived == mask) {
-    Resume resume = act == nullptr ? Resume::NOW : act(mask, meeting.arguments);
-    meeting.mask = meeting.arrived = 0;
-    if (resume == Resume::NOW) make_ready(block, here.warp, mask & ~own);
-    is_over = resume == Resume::NOW;
+    is_over = act == nullptr || act(mask, meeting.arguments) == Resume::NOW;
+    warp.open_meetings &= ~(1u << index);
+    if (is_over) make_ready(block, thread.warp, mask & ~own);
   }
   if (!is_over) {
-    here.thread->operation = operation;
-    park(Wait::WARP_OPERATION);
+    thread.operation = operation;
+    park(block, thread, Wait::WARP_OPERATION);
   }
   if (orders_memory) order_acquire(&meeting);
 }
 
-void wake_lanes(uint32_t warp, uint32_t mask) { make_ready(*here.block, warp, mask); }
+void wake_lanes(uint32_t warp, uint32_t mask) { make_ready(this_block(), warp, mask); }
 
 void wait_for_mbarrier(const uint64_t* barrier) {
-  here.thread->mbarrier = barrier;
-  here.block->mbarrier_waiters.push_back(here.thread);
-  park(Wait::MBARRIER);
+  Block& block = this_block();
+  Thread& thread = this_thread();
+  thread.mbarrier = barrier;
+  block.mbarrier_waiters.push_back(&thread);
+  park(block, thread, Wait::MBARRIER);
 }
 
 void wake_mbarrier_waiters(const uint64_t* barrier) {
-  PlainVector<Thread*>& waiters = here.block->mbarrier_waiters;
+  Block& block = this_block();
   size_t num_left = 0;
-  for (Thread* thread : waiters) {
+  for (Thread* thread : block.mbarrier_waiters) {
     if (thread->mbarrier == barrier) {
-      make_ready(*here.block, thread->warp, 1u << thread->lane);
+      make_ready(block, thread->warp, 1u << thread->lane);
     } else {
-      waiters[num_left++] = thread;
+      block.mbarrier_waiters[num_left++] = thread;
     }
   }
-  waiters.resize(num_left);
+  block.mbarrier_waiters.resize(num_left);
 }
 
-Engines& engines() { return *here.block->engines; }
-uint32_t linear_thread() { return here.thread->linear; }
-uint32_t num_warps() { return here.block->num_warps; }
-Order order() { return here.block->options.order; }
+Order order() { return this_block().options.order; }
 
 uint32_t random_below(uint32_t bound) {
-  return order() == Order::SEEDED ? next_random(here.block->random) % bound : 0;
+  return order() == Order::SEEDED ? next_random(this_block().random) % bound : 0;
 }
 
 // ---- blocks ----------------------------------------------------------------------------------------------------
 
-static void poison(void* begin, size_t bytes) {
-  // Not memset: the sanitizers intercept it.
-  asm volatile("rep stosb" : "+D"(begin), "+c"(bytes) : "a"(POISON) : "memory");
+static bool is_poisoned(const char* begin, size_t bytes) {
+  unsigned char all = POISON;
+  for (size_t i = 0; i < bytes; i++) all &= static_cast<unsigned char>(begin[i]);
+  return all == POISON;
+}
+
+// Writes only where the block before has written: most blocks of a persistent kernel find no work in a small launch,
+// and reading all of shared memory is several times as fast as writing it.
+static void poison(char* begin, size_t bytes) {
+  constexpr size_t PIECE_BYTES = 1024;
+  for (size_t at = 0; at < bytes; at += PIECE_BYTES) {
+    size_t piece = std::min(PIECE_BYTES, bytes - at);
+    if (!is_poisoned(begin + at, piece)) memset(begin + at, POISON, piece);
+  }
 }
 
 #if defined(EMULATOR_ASAN) || defined(EMULATOR_TSAN)
@@ -509,7 +533,9 @@ extern "C" char __start_emulator_shared[] __attribute__((weak, visibility("hidde
 extern "C" char __stop_emulator_shared[] __attribute__((weak, visibility("hidden")));
 static Range find_static_shared() { return Range{__start_emulator_shared, __stop_emulator_shared}; }
 #else
-// __shared__ arrays are thread_local: beside `here` they are all that this library's part of a thread's storage holds.
+// __shared__ arrays are thread_local: they are all that this library's part of a thread's storage holds.
+static thread_local char any_static_shared;
+
 static Range find_static_shared() {
   Range found;
   auto visit = [](dl_phdr_info* info, size_t, void* data) {
@@ -517,8 +543,7 @@ static Range find_static_shared() {
       if (info->dlpi_phdr[i].p_type != PT_TLS || info->dlpi_tls_data == nullptr) continue;
       char* begin = static_cast<char*>(info->dlpi_tls_data);
       Range range{begin, begin + info->dlpi_phdr[i].p_memsz};
-      char* ours = reinterpret_cast<char*>(&here);
-      if (ours >= range.begin && ours < range.end) *static_cast<Range*>(data) = range;
+      if (&any_static_shared >= range.begin && &any_static_shared < range.end) *static_cast<Range*>(data) = range;
     }
     return 0;
   };
@@ -527,14 +552,6 @@ static Range find_static_shared() {
 }
 #endif
 
-static void poison_static_shared(const Range& range) {
-  static_assert(std::is_trivially_copyable_v<Here>);
-  Here saved = here;
-  poison(range.begin, static_cast<size_t>(range.end - range.begin));
-  here = saved;
-}
-
-// The three coordinates of every thread change only with the shape of blocks.
 static void shape(Block& block, dim3 dim) {
   block.num_threads = dim.x * dim.y * dim.z;
   block.num_warps = (block.num_threads + LANES - 1) / LANES;
@@ -544,6 +561,7 @@ static void shape(Block& block, dim3 dim) {
     thread.linear = i;
     thread.lane = i % LANES;
     thread.warp = i / LANES;
+    thread.block = &block;
     thread.sanitizer.create();
   }
 }
@@ -552,57 +570,60 @@ static void reset(Block& block) {
   block.live = block.num_threads;
   block.ready_warps = 0;
   block.mbarrier_waiters.clear();
-  for (uint32_t i = 0; i < block.num_threads; i++) {
-    block.threads[i].begun = false;
-    block.threads[i].wait = Wait::NONE;
+  for (uint32_t i = 0; i < block.num_warps; i++) {
+    uint32_t num_lanes = std::min(LANES, block.num_threads - i * LANES);
+    block.warps[i].ready = block.warps[i].begun = block.warps[i].open_meetings = 0;
+    make_ready(block, i, num_lanes == LANES ? ~0u : (1u << num_lanes) - 1);
   }
-  for (uint32_t warp = 0; warp < block.num_warps; warp++) {
-    for (Meeting& meeting : block.warps[warp].meetings) meeting.mask = meeting.arrived = 0;
-    uint32_t num_lanes = std::min(LANES, block.num_threads - warp * LANES);
-    block.warps[warp].ready = 0;
-    make_ready(block, warp, num_lanes == LANES ? ~0u : (1u << num_lanes) - 1);
-  }
-  for (Barrier& barrier : block.barriers) {
-    barrier.arrived = barrier.expected = barrier.num_uses = 0;
-    std::fill_n(barrier.waiting, block.num_warps, 0u);
-  }
+  for (Barrier& barrier : block.barriers) barrier.expected = barrier.num_uses = 0;
   block.current_warp = block.options.order == Order::BACKWARD ? block.num_warps - 1 : 0;
   reset_engines(*block.engines, block.num_threads);
 }
 
 static void poison_shared(Block& block) {
-  size_t bytes = block.launch->shared_bytes;
-  allow_access(block.shared, MAX_SHARED_BYTES + SHARED_CANARY_BYTES);
-  poison(block.shared, bytes + SHARED_CANARY_BYTES);
-  forbid_access(block.shared + bytes, MAX_SHARED_BYTES + SHARED_CANARY_BYTES - bytes);
-  poison_static_shared(block.static_shared);
+  char* shared = block.dynamic_shared;
+  size_t bytes = block.dynamic_shared_bytes;
+  allow_access(shared, MAX_SHARED_BYTES + SHARED_CANARY_BYTES);
+  poison(shared, bytes + SHARED_CANARY_BYTES);
+  forbid_access(shared + bytes, MAX_SHARED_BYTES + SHARED_CANARY_BYTES - bytes);
+  poison(block.static_shared.begin, static_cast<size_t>(block.static_shared.end - block.static_shared.begin));
 }
 
-static void check_canaries(const Block& block) {
-  here.thread = nullptr;
-  for (const Stack& stack : block.all_stacks) {
-    if (memcmp(stack.bottom, &STACK_CANARY, sizeof STACK_CANARY) != 0) die("a thread overflowed its stack");
-  }
-  if (HAS_RED_ZONES) return;
-  const char* end = block.shared + block.launch->shared_bytes;
-  for (size_t i = 0; i < SHARED_CANARY_BYTES; i++) {
-    if (end[i] != static_cast<char>(POISON)) die("a thread wrote %zu bytes past the end of dynamic shared memory", i);
+[[noreturn]] static void die_after(const Block& block, const char* what) {
+  print_block(block);
+  fprintf(stderr, ": %s\n", what);
+  fflush(stderr);
+  abort();
+}
+
+static void check_shared_canary(const Block& block) {
+  const char* end = block.dynamic_shared + block.dynamic_shared_bytes;
+  if (is_poisoned(end, SHARED_CANARY_BYTES)) return;
+  die_after(block, "a thread wrote past the end of dynamic shared memory");
+}
+
+// Once per launch: the canaries lie at one power of two apart, and so on few lines of the cache.
+static void check_stacks(const Block& block) {
+  for (uint32_t i = 0; i < block.num_stacks; i++) {
+    const char* bottom = bottom_of(block.first_stack + i);
+    if (memcmp(bottom, &STACK_CANARY, sizeof STACK_CANARY) != 0) die_after(block, "a thread overflowed its stack");
   }
 }
 
 static void run_block(Block& block, uint3 block_index) {
-  here.block_index = block_index;
+  block.index = block_index;
   reset(block);
   poison_shared(block);
   order_release(&block.start_token);
   Thread* first = block.next_ready();
-  resume(block, *first);
+  begin(block, *first);
   before_switch(block.os_thread, first->sanitizer, false);
   emulator_switch_stack(&block.os_stack_pointer, first->stack_pointer);
   after_switch(block.os_thread, nullptr);
   order_acquire(&block.end_token);
-  check_canaries(block);
-  check_engines_idle(*block.engines);
+  check_shared_canary(block);
+  const char* unfinished = unfinished_work(*block.engines);
+  if (unfinished != nullptr) die_after(block, unfinished);
 }
 
 // ---- launches --------------------------------------------------------------------------------------------------
@@ -626,14 +647,11 @@ static void enter(Block& block, const Launch& launch, const Options& options) {
   block.os_thread.adopt_os_thread();
   block.os_thread.stack_bottom = nullptr;
   block.static_shared = find_static_shared();
+  block.block_dim = launch.block;
+  block.grid_dim = launch.grid;
+  block.dynamic_shared_bytes = launch.shared_bytes;
+  block.early = options.asynchrony == Asynchrony::EARLY;
   shape(block, launch.block);
-  here = Here{};
-  here.block = &block;
-  here.block_dim = launch.block;
-  here.grid_dim = launch.grid;
-  here.dynamic_shared = block.shared;
-  here.dynamic_shared_bytes = launch.shared_bytes;
-  here.early = options.asynchrony == Asynchrony::EARLY;
 }
 
 static void run_blocks(Block& block, const Launch& launch, const Options& options, std::atomic<uint64_t>& next) {
@@ -646,12 +664,19 @@ static void run_blocks(Block& block, const Launch& launch, const Options& option
     uint64_t z = at / (uint64_t{launch.grid.x} * launch.grid.y);
     run_block(block, uint3{static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)});
   }
-  here.block = nullptr;
+  check_stacks(block);
 }
 
-static void report_fault(int, siginfo_t* info, void*) {
-  if (here.block != nullptr) die("illegal address %p", info->si_addr);
-  abort();
+static void die_in(const ThreadPlace* place, const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  die_at(place, format, arguments);
+}
+
+static void report_fault(int, siginfo_t* info, void* context) {
+  greg_t stack_pointer = static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RSP];
+  const ThreadPlace* place = owner_of(reinterpret_cast<void*>(stack_pointer));
+  die_in(place, "illegal address %p", info->si_addr);
 }
 
 // Reports a fault of a kernel with its place, as long as the object lives. The sanitizers report their own.
@@ -674,24 +699,31 @@ class FaultHandler {
   struct sigaction saved_[2];
 };
 
-static Block& block_of_worker(size_t worker) {
-  static std::vector<std::unique_ptr<Block>> blocks;
-  while (blocks.size() <= worker) blocks.push_back(std::make_unique<Block>());
+static Block& block_of_worker(uint32_t worker) {
+  static std::unique_ptr<Block> blocks[MAX_OS_THREADS];
+  if (blocks[worker] == nullptr) blocks[worker] = std::make_unique<Block>(worker);
   return *blocks[worker];
 }
 
-void launch(const Launch& launch, const Options& options) {
-  uint64_t num_threads = uint64_t{launch.block.x} * launch.block.y * launch.block.z;
-  if (num_threads == 0 || num_threads > launch.kernel->max_threads || num_threads > MAX_THREADS) {
-    die("kernel %s: a block of %llu threads", launch.kernel->name, static_cast<unsigned long long>(num_threads));
+static void check_launch(const Launch& launch) {
+  const Kernel& kernel = *launch.kernel;
+  uint64_t threads = uint64_t{launch.block.x} * launch.block.y * launch.block.z;
+  if (threads == 0 || threads > kernel.max_threads || threads > MAX_THREADS) {
+    die("kernel %s: a block of %llu threads", kernel.name, static_cast<unsigned long long>(threads));
   }
-  if (launch.shared_bytes > MAX_SHARED_BYTES) die("kernel %s: too much shared memory", launch.kernel->name);
+  if (launch.shared_bytes > MAX_SHARED_BYTES) die("kernel %s: too much shared memory", kernel.name);
+}
+
+void launch(const Launch& launch, const Options& options) {
+  check_launch(launch);
+  create_arena();
   FaultHandler handler;
   std::atomic<uint64_t> next{0};
   uint64_t num_blocks = uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z;
-  uint64_t num_workers = SANITIZED ? 1 : std::min<uint64_t>(std::max(1u, options.os_threads), num_blocks);
+  uint64_t wanted = std::min<uint64_t>(std::max(1u, options.os_threads), num_blocks);
+  uint32_t num_workers = static_cast<uint32_t>(std::min<uint64_t>(wanted, MAX_OS_THREADS));
   std::vector<std::thread> workers;
-  for (size_t worker = 1; worker < num_workers; worker++) {
+  for (uint32_t worker = 1; worker < num_workers; worker++) {
     Block& block = block_of_worker(worker);
     workers.emplace_back([&] { run_blocks(block, launch, options, next); });
   }

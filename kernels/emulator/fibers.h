@@ -12,6 +12,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "sanitizers.h"
+
 struct uint3 {
   unsigned x, y, z;
 };
@@ -68,22 +70,45 @@ void launch(const Launch& launch, const Options& options);
 
 enum class Wait : uint8_t { NONE, BARRIER, WARP_OPERATION, MBARRIER };
 
-struct Thread;
-struct Block;
 struct Engines;  // of asynchronous.cpp and tensor_core.cpp
 
-// Where the code on this OS thread is. The only thread_local object of the emulator: see `poison_static_shared`.
-struct Here {
-  Thread* thread;
-  Block* block;
-  uint3 thread_index, block_index;
+// What a block's threads share.
+struct BlockPlace {
+  uint3 index;
   dim3 block_dim, grid_dim;
+  uint32_t num_warps;
+  bool early;
   char* dynamic_shared;
   size_t dynamic_shared_bytes;
-  uint32_t lane, warp;
-  bool early;
+  Engines* engines;
 };
-extern thread_local Here here;
+
+struct ThreadPlace {
+  uint3 index;
+  uint32_t linear, lane, warp;
+  BlockPlace* block;
+};
+
+// All stacks lie side by side, and the stack pointer tells which one the code is on: much cheaper than a thread_local
+// object in a library.
+constexpr size_t STACK_BYTES = SANITIZED ? 256 << 10 : 64 << 10;  // frames grow red zones under the sanitizers
+constexpr uint32_t MAX_OS_THREADS = SANITIZED ? 1 : 16;
+constexpr size_t NUM_STACKS = size_t{MAX_OS_THREADS} * MAX_THREADS;
+extern char* stack_arena;
+extern ThreadPlace* stack_owners[NUM_STACKS];
+
+inline size_t current_stack() {
+#if defined(__x86_64__)
+  char* stack_pointer;
+  asm("movq %%rsp, %0" : "=r"(stack_pointer));
+#else
+  char* stack_pointer = static_cast<char*>(__builtin_frame_address(0));
+#endif
+  return static_cast<size_t>(stack_pointer - stack_arena) / STACK_BYTES;
+}
+
+// The CUDA thread that this code runs for.
+inline ThreadPlace& here() { return *stack_owners[current_stack()]; }
 
 [[noreturn]] void die(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
@@ -107,9 +132,6 @@ void wake_mbarrier_waiters(const uint64_t* barrier);
 // Lets another thread run.
 void yield();
 
-Engines& engines();
-uint32_t linear_thread();
-uint32_t num_warps();
 // A number of the schedule's own generator, 0 but in seeded schedules.
 uint32_t random_below(uint32_t bound);
 Order order();
@@ -120,6 +142,7 @@ Engines* create_engines();
 void reset_engines(Engines& engines, uint32_t num_threads);
 // Does one piece of asynchronous work; false if there is none.
 bool advance_engines(Engines& engines);
-void check_engines_idle(Engines& engines);
+// What asynchronous work the block left behind; null if none.
+const char* unfinished_work(const Engines& engines);
 
 }  // namespace emulator

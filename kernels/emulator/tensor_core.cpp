@@ -17,12 +17,6 @@ namespace emulator {
 
 namespace {
 
-constexpr uint32_t TILE_K = 16;
-constexpr uint32_t WARP_ROWS = 16;
-constexpr uint32_t MAX_COLUMNS = 256;
-
-// 16 rows of one column, or of one k: the unit in which the compiler vectorises on every target.
-typedef float Column __attribute__((vector_size(WARP_ROWS * sizeof(float))));
 typedef float Octet __attribute__((vector_size(8 * sizeof(float))));
 
 }  // namespace
@@ -123,9 +117,9 @@ static void decode_rows(float (*out)[TILE_K], const Tile& tile, uint32_t first_r
   for (uint32_t i = 0; i < num_rows; i++) {
     uint32_t row = first_row + i;
     uint32_t offset = tile.start + row / 8 * tile.group_stride + row % 8 * ROW_BYTES;
-    if ((offset | (ROW_BYTES - 1)) >= here.dynamic_shared_bytes) die("wgmma: a tile reaches past shared memory");
+    if ((offset | (ROW_BYTES - 1)) >= here().block->dynamic_shared_bytes) die("wgmma: a tile reaches past shared memory");
     for (uint32_t half = 0; half < 2; half++) {
-      const char* chunk = here.dynamic_shared + swizzle_128(offset + half * 16);
+      const char* chunk = here().block->dynamic_shared + swizzle_128(offset + half * 16);
       note_read(chunk, 16);
       decode_chunk(out[i] + half * 8, chunk);
     }
@@ -173,22 +167,21 @@ static void multiply_columns(Column* columns, const Column* a_transposed, const 
   }
 }
 
-static void multiply_tiles(Column* columns, const WgmmaOperation& operation, uint32_t warp) {
+static void multiply_tiles(WgmmaScratch& scratch, const WgmmaOperation& operation, uint32_t warp) {
   float a[WARP_ROWS][TILE_K];
-  float b[MAX_COLUMNS][TILE_K];
   decode_rows(a, read_descriptor(operation.a), warp % Warpgroup::WARPS * WARP_ROWS, WARP_ROWS);
-  decode_rows(b, read_descriptor(operation.b), 0, operation.columns);
+  decode_rows(scratch.b, read_descriptor(operation.b), 0, operation.columns);
   Column a_transposed[TILE_K];
   for (uint32_t k = 0; k < TILE_K; k++) {
     for (uint32_t row = 0; row < WARP_ROWS; row++) a_transposed[k][row] = a[row][k];
   }
-  multiply_columns(columns, a_transposed, b, operation);
+  multiply_columns(scratch.columns, a_transposed, scratch.b, operation);
 }
 
 // Does a run of operations; accumulators are loaded and stored once for a run that shares them.
 static void perform(WarpTensorCore& core, WarpWgmma* first, WarpWgmma* end, uint32_t warp) {
   AsEngine as_engine(core.order);
-  Column columns[MAX_COLUMNS];
+  WgmmaScratch& scratch = here().block->engines->scratch;
   for (WarpWgmma* wgmma = first; wgmma != end; wgmma++) {
     if (wgmma->lanes != ~0u) die("wgmma: only lanes %08x of warp %u issued it", wgmma->lanes, warp);
     auto shares = [&](const WarpWgmma& other) {
@@ -198,17 +191,17 @@ static void perform(WarpTensorCore& core, WarpWgmma* first, WarpWgmma* end, uint
     uint32_t num_columns = wgmma->operation.columns;
     bool starts = wgmma == first || !shares(wgmma[-1]);
     bool ends = wgmma + 1 == end || !shares(wgmma[1]);
-    if (starts && wgmma->operation.accumulate) load_accumulators(columns, num_columns, wgmma->accumulators);
-    multiply_tiles(columns, wgmma->operation, warp);
-    if (ends) store_accumulators(columns, num_columns, wgmma->accumulators);
+    if (starts && wgmma->operation.accumulate) load_accumulators(scratch.columns, num_columns, wgmma->accumulators);
+    multiply_tiles(scratch, wgmma->operation, warp);
+    if (ends) store_accumulators(scratch.columns, num_columns, wgmma->accumulators);
     wgmma->done = true;
   }
 }
 
 // The warps of a warpgroup issue the same operations; they need not do so at the same time.
 static void check_warpgroup(uint32_t warp, const WgmmaOperation& operation) {
-  Warpgroup& group = engines().warpgroups[warp / Warpgroup::WARPS];
-  if (warp / Warpgroup::WARPS * Warpgroup::WARPS + Warpgroup::WARPS > num_warps()) {
+  Warpgroup& group = here().block->engines->warpgroups[warp / Warpgroup::WARPS];
+  if (warp / Warpgroup::WARPS * Warpgroup::WARPS + Warpgroup::WARPS > here().block->num_warps) {
     die("wgmma: warp %u is in a warpgroup of fewer than four warps", warp);
   }
   uint32_t at = group.num_issued[warp % Warpgroup::WARPS]++ - group.num_forgotten;
@@ -221,25 +214,25 @@ static void check_warpgroup(uint32_t warp, const WgmmaOperation& operation) {
 
 void issue_wgmma(float* d, uint64_t a, uint64_t b, uint32_t columns, bool accumulate) {
   WgmmaOperation operation{a, b, columns, accumulate};
-  engines().used = true;
-  WarpTensorCore& core = engines().tensor_cores[here.warp];
-  uint32_t at = core.num_issued[here.lane]++ - core.num_retired;
-  uint32_t group = core.num_committed[here.lane];
+  here().block->engines->used = true;
+  WarpTensorCore& core = here().block->engines->tensor_cores[here().warp];
+  uint32_t at = core.num_issued[here().lane]++ - core.num_retired;
+  uint32_t group = core.num_committed[here().lane];
   if (at == core.pending.size()) {
-    check_warpgroup(here.warp, operation);
+    check_warpgroup(here().warp, operation);
     core.pending.push_back(WarpWgmma{operation, group, 0, false, {}});
   }
   WarpWgmma& wgmma = core.pending[at];
-  if (!(wgmma.operation == operation) || wgmma.group != group) die("wgmma: lanes of warp %u differ", here.warp);
-  wgmma.accumulators[here.lane] = d;
-  wgmma.lanes |= 1u << here.lane;
+  if (!(wgmma.operation == operation) || wgmma.group != group) die("wgmma: lanes of warp %u differ", here().warp);
+  wgmma.accumulators[here().lane] = d;
+  wgmma.lanes |= 1u << here().lane;
   order_release(&core.order.issued);
-  if (here.early && wgmma.lanes == ~0u) perform(core, &wgmma, &wgmma + 1, here.warp);
+  if (here().block->early && wgmma.lanes == ~0u) perform(core, &wgmma, &wgmma + 1, here().warp);
 }
 
 void commit_wgmma() {
-  engines().used = true;
-  engines().tensor_cores[here.warp].num_committed[here.lane]++;
+  here().block->engines->used = true;
+  here().block->engines->tensor_cores[here().warp].num_committed[here().lane]++;
 }
 
 // Does what of the awaited operations is not done yet, and forgets them.
@@ -265,28 +258,28 @@ static Resume act_wgmma_wait(uint32_t, void* const* arguments) {
   for (uint32_t lane = 0; lane < LANES; lane++) {
     if (*static_cast<uint32_t*>(arguments[lane]) != max_in_flight) die("wgmma_wait: lanes differ");
   }
-  WarpTensorCore& core = engines().tensor_cores[here.warp];
+  WarpTensorCore& core = here().block->engines->tensor_cores[here().warp];
   auto is_awaited = [&](const WarpWgmma& wgmma) { return wgmma.group + max_in_flight < core.num_committed[0]; };
   while (core.num_awaited < core.pending.size() && is_awaited(core.pending[core.num_awaited])) core.num_awaited++;
-  if (here.early) retire_awaited(engines(), here.warp);
+  if (here().block->early) retire_awaited((*here().block->engines), here().warp);
   if (core.num_awaited == 0) return Resume::NOW;
-  engines().waiting_warps |= 1u << here.warp;
+  here().block->engines->waiting_warps |= 1u << here().warp;
   return Resume::LATER;
 }
 
 void wait_wgmma(uint32_t max_in_flight) {
   meet(~0u, Operation::WGMMA_WAIT, &max_in_flight, act_wgmma_wait);
-  order_acquire(&engines().tensor_cores[here.warp].order.finished);
+  order_acquire(&here().block->engines->tensor_cores[here().warp].order.finished);
 }
 
-void check_wgmma_idle(const Engines& engines) {
-  if (!engines.used) return;
+const char* unfinished_wgmma(const Engines& engines) {
   for (const WarpTensorCore& core : engines.tensor_cores) {
-    if (!core.pending.empty()) die("the block ended before a wgmma that it never waited for");
+    if (!core.pending.empty()) return "the block ended before a wgmma that it never waited for";
   }
   for (const Warpgroup& group : engines.warpgroups) {
-    if (!group.recent.empty()) die("wgmma: a warp issued fewer operations than others of its warpgroup");
+    if (!group.recent.empty()) return "a warp issued fewer wgmma than others of its warpgroup";
   }
+  return nullptr;
 }
 
 }  // namespace emulator

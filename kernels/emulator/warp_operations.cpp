@@ -170,7 +170,7 @@ static Resume act_ldmatrix(uint32_t, void* const* arguments) {
 }
 
 void load_matrices(uint32_t* registers, const void* row, uint32_t num_matrices, bool transposed) {
-  bool gives_address = here.lane < num_matrices * 8;
+  bool gives_address = here().lane < num_matrices * 8;
   if (gives_address && reinterpret_cast<uintptr_t>(row) % 16 != 0) die("ldmatrix: row %p is not a multiple of 16", row);
   LdmatrixOperands operands{registers, row, num_matrices, transposed};
   meet(~0u, Operation::LDMATRIX, &operands, act_ldmatrix);
