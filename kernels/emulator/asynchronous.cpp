@@ -237,7 +237,8 @@ void issue_bulk_copy(void* shared, const void* tensor_map, uint64_t* barrier, co
     die("tma: shared offset %u is not a multiple of %u", copy.shared_offset, alignment);
   }
   uint32_t bytes = copy.map.box[0] * copy.map.element_bytes * box_rows(copy.map);
-  if (copy.shared_offset + bytes > here().block->dynamic_shared_bytes) die("tma: the box reaches past dynamic shared memory");
+  bool fits = copy.shared_offset + bytes <= here().block->dynamic_shared_bytes;
+  if (!fits) die("tma: the box reaches past dynamic shared memory");
   copy.barrier = barrier;
   note_read(barrier, sizeof *barrier);
   load(barrier);

@@ -2,7 +2,8 @@
 # Builds the fake driver of the emulator, or the emulator's own tests.
 #
 # usage: build.sh driver OUT_DIR [plain|address|thread]     OUT_DIR/libcuda.so.1 with every kernel of ../*.cu
-#        build.sh test [OUT_DIR]                            builds and runs tests.cpp plain and under both sanitizers
+#        build.sh test [OUT_DIR]                            builds and runs tests.cpp and driver_tests.cpp, plain and
+#                                                           under both sanitizers
 #
 # Needs only g++. Objects are kept in OUT_DIR and compiled again when a source is newer. With a sanitizer, kernels are
 # instrumented and the emulator is not (sanitizers.h); the process that loads the driver preloads libasan or libtsan.
@@ -13,12 +14,14 @@ kernels=$(dirname "$here")
 compiler=${CXX:-g++}
 jobs=${JOBS:-$(nproc)}
 
-emulator_sources=(fibers asynchronous warp_operations tensor_core)
+emulator_sources=(fibers meetings blocks reports asynchronous warp_operations tensor_core)
 driver_sources=(fake_device fake_memory fake_streams fake_launch)
 
-common=(-std=c++17 -O2 -g1 -march=native -fPIC -fvisibility=hidden -mtls-dialect=gnu2 -Wall -Wextra "-I$kernels" "-I$here" -DEMULATOR)
+common=(-std=c++17 -O2 -g1 -march=native -mtls-dialect=gnu2 -fPIC -fvisibility=hidden -Wall -Wextra -DEMULATOR
+  "-I$kernels" "-I$here")
 # Kernels round each product and sum as written; in the emulator products of bf16 are exact, so fusing changes nothing.
-kernel_flags=(-ffp-contract=off -fno-strict-aliasing -Wno-unknown-pragmas -Wno-unused-function -Wno-unused-parameter -Wno-attributes)
+kernel_flags=(-ffp-contract=off -fno-strict-aliasing
+  -Wno-unknown-pragmas -Wno-unused-function -Wno-unused-parameter -Wno-attributes)
 emulator_flags=(-O3 -ffp-contract=fast -mprefer-vector-width=512)
 
 # Sets defines, sanitize, plain and link for a variant; plain is for the sources that are not instrumented.
@@ -110,20 +113,30 @@ build_driver() {
     compile "$out/$name.o" "$here/$name.cpp"
   done
   finish
-  "$compiler" -shared -Wl,-soname,libcuda.so.1 "${link[@]}" -o "$out/libcuda.so.1.new" "${objects[@]}" -pthread
+  "$compiler" -shared -Wl,-z,defs -Wl,-soname,libcuda.so.1 "${link[@]}" -o "$out/libcuda.so.1.new" \
+    "${objects[@]}" -pthread
   mv "$out/libcuda.so.1.new" "$out/libcuda.so.1"
 }
 
 build_tests() {
-  local out=$1 variant=$2
+  local out=$1 variant=$2 name
   select_variant "$variant"
   mkdir -p "$out"
   objects=()
   compile_kernel "$out/test_kernels.o" "$here/test_kernels.cu"
   compile_emulator "$out"
+  local emulator_objects=("${objects[@]}")
   compile "$out/tests.o" "$here/tests.cpp"
+  compile "$out/driver_tests.o" "$here/driver_tests.cpp"
+  local driver_objects=()
+  for name in "${driver_sources[@]}"; do
+    compile "$out/$name.o" "$here/$name.cpp"
+    driver_objects+=("$out/$name.o")
+  done
   finish
-  "$compiler" "${link[@]}" -o "$out/tests" "${objects[@]}" -pthread
+  "$compiler" "${link[@]}" -o "$out/tests" "${emulator_objects[@]}" "$out/tests.o" -pthread
+  "$compiler" "${link[@]}" -o "$out/driver_tests" "${emulator_objects[@]}" "$out/driver_tests.o" \
+    "${driver_objects[@]}" -pthread
 }
 
 run_tests() {
@@ -132,6 +145,7 @@ run_tests() {
     build_tests "$out/$variant" "$variant"
     echo "== $variant"
     "$out/$variant/tests" || failed=1
+    "$out/$variant/driver_tests" || failed=1
   done
   return "$failed"
 }
@@ -140,7 +154,7 @@ case ${1:-} in
   driver) build_driver "${2:?usage: build.sh driver OUT_DIR [VARIANT]}" "${3:-plain}" ;;
   test) run_tests "${2:-/tmp/emulator-tests}" ;;
   *)
-    sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
     exit 2
     ;;
 esac

@@ -1,6 +1,7 @@
 // The device, its context, and what it says of itself.
 #include <pthread.h>
 
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -97,7 +98,7 @@ static pthread_key_t context_key() {
 }
 
 static char primary_context;
-static uint64_t num_launches;
+static std::atomic<uint64_t> num_launches;
 
 static bool has_failed() { return device().fail_after != 0 && num_launches >= device().fail_after; }
 

@@ -149,6 +149,8 @@ static bool dimensions_are_valid(const TensorMapRequest& request) {
   }
   for (unsigned i = 0; i + 1 < request.rank; i++) {
     if (request.strides[i] % 16 != 0 || request.strides[i] >= 1ull << 40) return false;
+    // Of strides, each is a multiple of the one before.
+    if (i > 0 && (request.strides[i - 1] == 0 || request.strides[i] % request.strides[i - 1] != 0)) return false;
   }
   return true;
 }
@@ -285,6 +287,7 @@ DRIVER_API cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* addr
                                   const uint64_t* strides, const uint32_t* box, const uint32_t* element_strides,
                                   int interleave, int swizzle, int l2_promotion, int fill) {
   std::lock_guard lock(state_mutex());
+  if (device().capability < 90) return NOT_SUPPORTED;
   TensorMapRequest request{type, rank,       address, dims,         strides, box, element_strides,
                            interleave, swizzle, l2_promotion, fill};
   if (Result status = check_tensor_map(request, map)) return status;

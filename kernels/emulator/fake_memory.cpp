@@ -210,7 +210,9 @@ DRIVER_API cuMemcpyDtoDAsync_v2(DevicePointer to, DevicePointer from, size_t byt
 
 // ---- fills -----------------------------------------------------------------------------------------------------
 
-DRIVER_API cuMemsetD8_v2(DevicePointer to, unsigned char value, size_t count) { return fill(to, value, count, nullptr); }
+DRIVER_API cuMemsetD8_v2(DevicePointer to, unsigned char value, size_t count) {
+  return fill(to, value, count, nullptr);
+}
 DRIVER_API cuMemsetD8Async(DevicePointer to, unsigned char value, size_t count, void* stream) {
   return fill(to, value, count, stream);
 }

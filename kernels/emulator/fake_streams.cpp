@@ -29,7 +29,6 @@ struct Event {
 
 struct Queue {
   std::deque<Work> work;
-  bool draining = false;
 };
 
 }  // namespace

@@ -115,8 +115,8 @@ inline ThreadPlace& here() { return *stack_owners[current_stack()]; }
 // The kinds of warp operation: lanes that meet in different kinds are an error.
 enum class Operation : uint8_t { SYNC, SHUFFLE, BALLOT, REDUCE, LDMATRIX, MMA, WGMMA_WAIT };
 
-// The lanes of `mask` meet; the last to come calls `act` for all of them with the `argument` of each lane. They go on at
-// once, or, if `act` returns LATER, when `wake_lanes` is called for them.
+// The lanes of `mask` meet; the last to come calls `act` for all of them with the `argument` of each lane. They go on
+// at once, or, if `act` returns LATER, when `wake_lanes` is called for them.
 enum class Resume { NOW, LATER };
 using Act = Resume (*)(uint32_t mask, void* const* arguments);
 void meet(uint32_t mask, Operation operation, void* argument, Act act);

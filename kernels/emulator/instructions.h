@@ -75,8 +75,6 @@ inline float exp2_approx(float x) {
 
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { emulator::load_matrices(r, row, 4, false); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { emulator::load_matrices(r, row, 4, true); }
-inline void ldmatrix_x2(uint32_t (&r)[2], const void* row) { emulator::load_matrices(r, row, 2, false); }
-inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) { emulator::load_matrices(r, row, 2, true); }
 
 inline void cp_async_16(void* shared, const void* global, bool valid = true) {
   emulator::issue_async_copy(shared, global, valid);

@@ -1,5 +1,5 @@
-// The functions of plain_memory.h, byte by byte: ThreadSanitizer costs more than they do. Compiled without loop patterns
-// becoming calls of themselves.
+// The functions of plain_memory.h, byte by byte: ThreadSanitizer costs more than they do. Compiled so that their loops
+// do not become calls of themselves.
 #include <cstddef>
 
 extern "C" {

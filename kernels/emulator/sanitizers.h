@@ -75,8 +75,8 @@ inline void order_release(const void*) {}
 inline void order_acquire(const void*) {}
 #endif
 
-// The emulator's own lists. Fibers fill them in turn, and ThreadSanitizer would take malloc and free, which it replaces,
-// for accesses of different threads.
+// The emulator's own lists. Fibers fill them in turn, and ThreadSanitizer would take malloc and free, which it
+// replaces, for accesses of different threads.
 template <class T>
 struct PlainAllocator {
   using value_type = T;

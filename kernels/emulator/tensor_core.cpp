@@ -117,7 +117,8 @@ static void decode_rows(float (*out)[TILE_K], const Tile& tile, uint32_t first_r
   for (uint32_t i = 0; i < num_rows; i++) {
     uint32_t row = first_row + i;
     uint32_t offset = tile.start + row / 8 * tile.group_stride + row % 8 * ROW_BYTES;
-    if ((offset | (ROW_BYTES - 1)) >= here().block->dynamic_shared_bytes) die("wgmma: a tile reaches past shared memory");
+    bool fits = (offset | (ROW_BYTES - 1)) < here().block->dynamic_shared_bytes;
+    if (!fits) die("wgmma: a tile reaches past dynamic shared memory");
     for (uint32_t half = 0; half < 2; half++) {
       const char* chunk = here().block->dynamic_shared + swizzle_128(offset + half * 16);
       note_read(chunk, 16);

@@ -301,7 +301,8 @@ static bool check_box(const Options& options, const BoxCase& box) {
   bool right = true;
   for (uint32_t row = 0; row < rows; row++) {
     for (uint32_t column = 0; column < columns; column++) {
-      int64_t x = box.start[0] + static_cast<int64_t>(column), y = box.start[1] + static_cast<int64_t>(row % box.box[1]);
+      int64_t x = box.start[0] + static_cast<int64_t>(column);
+      int64_t y = box.start[1] + static_cast<int64_t>(row % box.box[1]);
       int64_t z = box.start[2] + static_cast<int64_t>(row / box.box[1]);
       bool inside = x >= 0 && x < 72 && y >= 0 && y < 10 && z >= 0 && z < 3;
       uint16_t wanted = inside ? tensor[static_cast<size_t>((z * 10 + y) * 72 + x)] : uint16_t{0};
