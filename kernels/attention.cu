@@ -15,6 +15,7 @@
 //
 // Source: FlashAttention-2 (arXiv 2307.08691), GQA (2305.13245), paging (2309.06180).
 #include "kv_cache.cuh"
+#include "shared_tile.cuh"
 
 constexpr int ATTENTION_THREADS = 4 * WARP;
 #if __CUDA_ARCH__ >= 1200
@@ -26,7 +27,7 @@ constexpr int TILE_KEYS = 64;
 constexpr int CHUNK_KEYS = 256;
 constexpr int NO_PARTIAL = -1;
 
-// A tile of queries and a run of chunks, as crates/cuda plans them.
+// A tile of queries and a run of chunks, as the host plans them.
 struct AttentionItem {
   // First entry of the sequence's block table.
   int block_table_start;
@@ -91,16 +92,6 @@ DEVICE float quad_max(float x) {
   return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
 }
 
-// A tile of keys or values [64 tokens, HEAD] in shared memory, 16-byte chunks exchanged so that eight rows of ldmatrix
-// fall into different banks.
-template <int HEAD>
-DEVICE bf16* tile_chunk(bf16* tile, int row, int chunk) {
-  constexpr int CHUNKS = HEAD / 8;
-  constexpr int ROWS_PER_LINE = CHUNKS >= 8 ? 1 : 8 / CHUNKS;
-  constexpr int MASK = CHUNKS >= 8 ? 7 : CHUNKS - 1;
-  return tile + row * HEAD + ((chunk ^ (row / ROWS_PER_LINE & MASK)) * 8);
-}
-
 // Starts copying keys and values `first_key..first_key + 64`; those from `end_key` on are zeros.
 template <int HEAD>
 DEVICE void load_keys_and_values(bf16* keys, bf16* values, const bf16* cache, const uint32_t* block_table,
@@ -155,7 +146,7 @@ DEVICE void load_queries(bf16* queries, const bf16* q, const AttentionShape& sha
 // scores[16, 64] = queries · keysᵀ
 template <int HEAD>
 DEVICE void score_tile(float (&scores)[TILE_KEYS / 8][4], bf16* queries, bf16* keys) {
-  int lane = threadIdx.x % WARP, first_row = threadIdx.x / WARP * 16;
+  int first_row = threadIdx.x / WARP * 16;
 #pragma unroll
   for (int j = 0; j < TILE_KEYS / 8; j++) {
 #pragma unroll
@@ -165,11 +156,11 @@ DEVICE void score_tile(float (&scores)[TILE_KEYS / 8][4], bf16* queries, bf16* k
 #pragma unroll 1
   for (int step = 0; step < HEAD / 16; step++) {
     uint32_t a[4];
-    ldmatrix_x4(a, tile_chunk<HEAD>(queries, first_row + lane % 16, 2 * step + lane / 16));
+    load_left<HEAD>(a, queries, first_row, step);
 #pragma unroll
     for (int j = 0; j < TILE_KEYS / 8; j += 2) {
       uint32_t b[4];
-      ldmatrix_x4(b, tile_chunk<HEAD>(keys, 8 * j + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+      load_right_pair<HEAD>(b, keys, 8 * j, step);
       mma_m16n8k16(scores[j], a, b[0], b[1]);
       mma_m16n8k16(scores[j + 1], a, b[2], b[3]);
     }

@@ -27,7 +27,7 @@ struct GroupedShape {
   int out_stride;
 };
 
-// One tile: `rows` of the weights times columns `row..row_end` of the tokens.
+// One tile: weights from row `weight_row` of `expert` on, times tokens from `row` on; the expert's end at `row_end`.
 struct Tile {
   int expert;
   int weight_row;

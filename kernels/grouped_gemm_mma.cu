@@ -1,40 +1,37 @@
 // The grouped matrix product where there is no wgmma: mma.sync fed by cp.async, on every GPU from sm_80 on.
 //
 // One block of four warps per tile of 64 weight rows and TOKENS tokens; warp w has weight rows 16 w and all tokens, so
-// its accumulators lie as wgmma's would and the epilogue is shared. Stages are rows of 64 k (128 bytes) whose 16-byte
-// chunks are exchanged by the row's low three bits, so that ldmatrix meets no bank twice.
+// its accumulators lie as wgmma's would and the epilogue is shared. A stage is a tile of weights and one of tokens, 64 k
+// wide (shared_tile.cuh).
 //
 // The launch: a fixed number of blocks walk all tiles; weights [expert][weight_rows][stride], x [rows][stride].
 #include "grouped_gemm.cuh"
+#include "shared_tile.cuh"
 
 constexpr int MMA_THREADS = 4 * WARP;
 constexpr int MMA_STAGES = 3;
-constexpr int CHUNK = 8;  // bf16 in 16 bytes
-
-// Element `chunk` · 8 of row `row` of a stage.
-DEVICE bf16* chunk_of(bf16* tile, int row, int chunk) { return tile + row * TILE_K + ((chunk ^ (row & 7)) * CHUNK); }
 
 template <int ROWS>
 DEVICE void load_tile(bf16* tile, const bf16* rows, int num_valid, int stride) {
   for (int i = threadIdx.x; i < ROWS * (TILE_K / CHUNK); i += MMA_THREADS) {
     int row = i / (TILE_K / CHUNK), chunk = i % (TILE_K / CHUNK);
     bool valid = row < num_valid;
-    cp_async_16(chunk_of(tile, row, chunk), rows + static_cast<int64_t>(valid ? row : 0) * stride + chunk * CHUNK,
-                valid);
+    const bf16* source = rows + static_cast<int64_t>(valid ? row : 0) * stride + chunk * CHUNK;
+    cp_async_16(tile_chunk<TILE_K>(tile, row, chunk), source, valid);
   }
 }
 
 template <int TOKENS>
 DEVICE void multiply_stage(float (&d)[TOKENS / 2], bf16* weights, bf16* x) {
-  int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  int warp = threadIdx.x / WARP;
 #pragma unroll
   for (int step = 0; step < TILE_K / 16; step++) {
     uint32_t a[4];
-    ldmatrix_x4(a, chunk_of(weights, 16 * warp + lane % 16, 2 * step + lane / 16));
+    load_left<TILE_K>(a, weights, 16 * warp, step);
 #pragma unroll
     for (int j = 0; j < TOKENS / 8; j += 2) {
       uint32_t b[4];
-      ldmatrix_x4(b, chunk_of(x, 8 * j + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+      load_right_pair<TILE_K>(b, x, 8 * j, step);
       mma_m16n8k16(reinterpret_cast<float(&)[4]>(d[4 * j]), a, b[0], b[1]);
       mma_m16n8k16(reinterpret_cast<float(&)[4]>(d[4 * j + 4]), a, b[2], b[3]);
     }

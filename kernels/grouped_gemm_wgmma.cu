@@ -9,7 +9,7 @@
 // tokens per expert this streams weights: about 180 KB of them are in flight on every multiprocessor. With many, two
 // consumers share 256 tokens, and the tensor cores are the limit.
 //
-// The launch: one block per multiprocessor; shared memory as `SharedBytes` says; maps with boxes of [64 k, 64 rows] over
+// The launch: one block per multiprocessor; STAGES stages of shared memory; maps with boxes of [64 k, 64 rows] over
 // the weights [expert][row][k] and of [64 k, TOKENS] over the tokens [row][k].
 #include "grouped_gemm.cuh"
 
@@ -113,7 +113,7 @@ DEVICE void grouped_gemm(const TensorMap* weights, const TensorMap* x, const Gro
   }
 }
 
-// CONSUMERS, TOKENS and STAGES are known to crates/cuda, which takes the names apart no further than the token count.
+// A name ends with TOKENS; CONSUMERS and STAGES the host must know by it (tests/gpu/launches.py, TILES).
 #define GROUPED_GEMM(NAME, CONSUMERS, TOKENS, STAGES, EPILOGUE)                                                   \
   KERNEL(WARP * (4 * CONSUMERS + 1), NAME)(const __grid_constant__ TensorMap weights,                             \
                                            const __grid_constant__ TensorMap x, GroupedShape shape, void* out) { \

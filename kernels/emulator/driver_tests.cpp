@@ -48,6 +48,7 @@ int cuTensorMapEncodeTiled(void*, int, unsigned, void*, const uint64_t*, const u
 
 // ---- helpers ---------------------------------------------------------------------------------------------------
 
+// CUDA's numbers, written once more on purpose: these tests see the driver as a program that links it does.
 enum : int {
   SUCCESS = 0,
   INVALID_VALUE = 1,

@@ -254,30 +254,25 @@ inline unsigned atomicInc(unsigned* address, unsigned limit) {
 
 // ---- loads and stores with a hint ------------------------------------------------------------------------------
 
-template <class T>
-inline T __ldg(const T* address) {
-  return *address;
-}
-template <class T>
-inline T __ldcs(const T* address) {
-  return *address;
-}
-template <class T>
-inline T __ldcg(const T* address) {
-  return *address;
-}
-template <class T>
-inline T __ldca(const T* address) {
-  return *address;
-}
-template <class T>
-inline void __stcs(T* address, emulator::NonDeduced<T> value) {
-  *address = value;
-}
-template <class T>
-inline void __stcg(T* address, emulator::NonDeduced<T> value) {
-  *address = value;
-}
+#define EMULATOR_LOAD(name)        \
+  template <class T>               \
+  inline T name(const T* address) { \
+    return *address;               \
+  }
+EMULATOR_LOAD(__ldg)
+EMULATOR_LOAD(__ldca)
+EMULATOR_LOAD(__ldcg)
+EMULATOR_LOAD(__ldcs)
+#undef EMULATOR_LOAD
+
+#define EMULATOR_STORE(name)                                      \
+  template <class T>                                              \
+  inline void name(T* address, emulator::NonDeduced<T> value) {   \
+    *address = value;                                             \
+  }
+EMULATOR_STORE(__stcg)
+EMULATOR_STORE(__stcs)
+#undef EMULATOR_STORE
 
 // ---- arithmetic ------------------------------------------------------------------------------------------------
 

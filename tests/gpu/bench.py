@@ -117,6 +117,8 @@ class Bench:
         router = bf16(EXPERTS, HIDDEN)
         for num_tokens in NUM_TOKENS:
             layer = ExpertLayer(self.launch, gate_up, down, router, num_tokens)
+            self.report(f"gather, {num_tokens} tokens", median_seconds(layer.gather))
+            self.report(f"combine, {num_tokens} tokens", median_seconds(layer.combine))
             for tile in tiles_for(num_tokens):
                 self.time_layer(layer, num_tokens, tile)
 
@@ -126,8 +128,6 @@ class Bench:
         for name, share, work in [("gate_up", 2 / 3, layer.gate_up), ("down", 1 / 3, layer.down)]:
             seconds = median_seconds(lambda work=work: work(tile), repetitions)
             self.report_share(f"{name}, {case}", seconds, share * layer.weight_bytes, share * layer.flops)
-        self.report(f"gather, {case}", median_seconds(layer.gather))
-        self.report(f"combine, {case}", median_seconds(layer.combine))
         seconds = median_seconds(layer.graph(tile).replay, repetitions)
         self.report_share(f"expert layer, {case}", seconds, layer.weight_bytes, layer.flops)
 
