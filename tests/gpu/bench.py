@@ -7,8 +7,9 @@ launched from Python, so anything under 30 us shows the launch.
 import ctypes
 
 import torch
-from launches import EXPERTS, FFN, HIDDEN, TILES, TOP_K, Launcher, bf16
+from launches import EXPERTS, FFN, HIDDEN, TILES, TOP_K, Attention, Launcher, bf16, plan_attention
 
+HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 16
 NUM_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 8192)
 
 
@@ -63,16 +64,33 @@ class ExpertLayer:
     def combine(self):
         self.launch.combine(self.y, self.rows, self.weights, self.out)
 
-    def graph(self, tile):
-        graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
-        torch.cuda.synchronize()
-        with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
-            self.gather()
-            self.gate_up(tile)
-            self.down(tile)
-            self.combine()
-        return graph
+    def run(self, tile):
+        self.gather()
+        self.gate_up(tile)
+        self.down(tile)
+        self.combine()
+
+
+def captured(work):
+    """A graph of what `work` launches."""
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+        work()
+    return graph
+
+
+def planned_attention(launch, num_seqs, num_tokens, position, split):
+    """Sequences of one length, blocks scattered over the cache; a short one stays in the L2 between runs."""
+    table_len = -(-(position + num_tokens) // BLOCK_SIZE)
+    num_blocks = num_seqs * table_len
+    cache = torch.randn(num_blocks, 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM, device="cuda").bfloat16()
+    table = torch.randperm(num_blocks, device="cuda").int()
+    sequences = [(index * table_len, num_tokens, position) for index in range(num_seqs)]
+    plan = plan_attention(sequences, HEADS // KV_HEADS, HEADS, split)
+    q = bf16(num_seqs * num_tokens, HEADS * HEAD_DIM)
+    return Attention(launch, q, cache, table, plan, HEADS, KV_HEADS, HEAD_DIM, 1 << 30)
 
 
 class Bench:
@@ -86,6 +104,7 @@ class Bench:
         self.measure_limits()
         self.time_experts()
         self.time_dense()
+        self.time_attention()
 
     def report(self, name, seconds, **shares):
         self.figures[name] = {"microseconds": seconds * 1e6, **shares}
@@ -128,7 +147,7 @@ class Bench:
         for name, share, work in [("gate_up", 2 / 3, layer.gate_up), ("down", 1 / 3, layer.down)]:
             seconds = median_seconds(lambda work=work: work(tile), repetitions)
             self.report_share(f"{name}, {case}", seconds, share * layer.weight_bytes, share * layer.flops)
-        seconds = median_seconds(layer.graph(tile).replay, repetitions)
+        seconds = median_seconds(captured(lambda: layer.run(tile)).replay, repetitions)
         self.report_share(f"expert layer, {case}", seconds, layer.weight_bytes, layer.flops)
 
     def time_dense(self):
@@ -144,3 +163,26 @@ class Bench:
                 seconds = median_seconds(product)
                 bandwidth = weights.numel() * 2 / seconds / 1e12
                 self.report(f"{name}, {num_tokens} tokens, L2 warm", seconds, TBps=bandwidth)
+
+    def time_attention(self):
+        """Single tokens of many sequences, in chunks and whole, and one prompt."""
+        for num_seqs, context in ((1, 1024), (32, 1024), (128, 1024), (1, 8192), (32, 8192), (1, 32768)):
+            for split in (True, False):
+                attention = planned_attention(self.launch, num_seqs, 1, context - 1, split)
+                kv_bytes = num_seqs * context * 2 * KV_HEADS * HEAD_DIM * 2
+                seconds = median_seconds(captured(attention.run).replay)
+                name = f"attention, {num_seqs} x {context} keys, {'split' if split else 'whole'}"
+                self.report(name, seconds, of_read=kv_bytes / seconds / self.read_bandwidth)
+        attention = planned_attention(self.launch, 1, 8192, 0, False)
+        seconds = median_seconds(attention.run)
+        flops = 4 * HEADS * HEAD_DIM * 8192 * 8193 / 2
+        self.report("attention, prompt of 8192", seconds, TFLOPs=flops / seconds / 1e12)
+        q, k, v = (
+            torch.randn(1, h, 8192, HEAD_DIM, device="cuda").bfloat16() for h in (HEADS, KV_HEADS, KV_HEADS)
+        )
+
+        def oracle():
+            torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+        seconds = median_seconds(oracle)
+        self.report("PyTorch's attention, same prompt", seconds, TFLOPs=flops / seconds / 1e12)

@@ -1,15 +1,34 @@
 """Whether each kernel is right: against PyTorch in float64 on fresh inputs, and to the bit where promised."""
 
+import ctypes
 import math
 
 import torch
-from launches import EXPERTS, HIDDEN, TILES, TOP_K, Launcher, NormShape, Placement, bf16, int32
+from launches import EXPERTS, HIDDEN, TILES, TOP_K, KvShape, Launcher, NormShape, Placement, bf16, int32
+
+MASK = (1 << 64) - 1
 
 
 def error(got, expected):
     """Frobenius norm of the difference, relative; NaN never passes."""
     expected = expected.double()
     return ((got.double() - expected).norm() / expected.norm()).item()
+
+
+def mix64(x):
+    """As backend::sampling::mix64."""
+    x = (x + 0x9E3779B97F4A7C15) & MASK
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & MASK
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & MASK
+    return x ^ x >> 31
+
+
+def dummy_values(seed, count, mean, deviation):
+    """As backend::weights::dummy_value, in f32 step by step."""
+    bits = [mix64(seed ^ (index * 0x9E3779B97F4A7C15 & MASK)) for index in range(count)]
+    sums = torch.tensor([sum(b >> 16 * i & 0xFFFF for i in range(4)) for b in bits], dtype=torch.float32)
+    centred = (sums - 131070.0) * (torch.tensor(1.7320508) / 65536.0)
+    return (mean + deviation * centred).to(torch.bfloat16)
 
 
 class Checks:
@@ -23,6 +42,8 @@ class Checks:
             self.check_norms,
             self.check_route,
             self.check_small,
+            self.check_weights,
+            self.check_rope,
             self.check_attention,
             self.check_grouped,
         ):
@@ -110,16 +131,56 @@ class Checks:
         expected[1], expected[2] = 77, -1
         self.expect_equal("greedy", tokens, expected)
 
-        matrix = torch.zeros(64, 128, device="cuda", dtype=torch.bfloat16)
-        rows = bf16(24, 100)
-        self.kernels.launch("place_rows", 24, 256, [rows, 0, matrix, Placement(100, 128, 8, 1)])
-        self.expect_equal("place_rows, interleaved", matrix[24:32, :100], rows[8:16])
+        table, ids = bf16(100, HIDDEN), int32([7, 99, 0, 7])
+        embedded = torch.zeros(4, HIDDEN, device="cuda")
+        self.kernels.launch("embed", 4, 256, [ids, table, embedded, HIDDEN, HIDDEN, HIDDEN])
+        self.expect_equal("embed", embedded, table[ids.long()].float())
+        x, y = torch.randn(5, HIDDEN, device="cuda"), torch.randn(5, HIDDEN, device="cuda")
+        expected = x + y
+        self.kernels.launch("add", x.numel() // 4 // 256, 256, [x, y, ctypes.c_int64(x.numel() // 4)])
+        self.expect_equal("add", x, expected)
         y, weights = torch.randn(12, HIDDEN, device="cuda"), torch.rand(6, 2, device="cuda")
         token_rows = torch.randperm(12).cuda().int().view(6, 2)
         out = torch.zeros(6, HIDDEN, device="cuda")
         self.launch.combine(y, token_rows, weights, out)
         expected = (y[token_rows.long()].double() * weights.double()[:, :, None]).sum(1)
         self.expect("combine_experts", error(out, expected), 1e-6)
+
+    def check_weights(self):
+        matrix = torch.zeros(64, 128, device="cuda", dtype=torch.bfloat16)
+        rows = bf16(24, 100)
+        self.kernels.launch("place_rows", 24, 256, [rows, 0, matrix, Placement(100, 128, 8, 1)])
+        self.expect_equal("place_rows, interleaved", matrix[24:32, :100], rows[8:16])
+        dummy = torch.zeros(3, 128, device="cuda", dtype=torch.bfloat16)
+        args = [ctypes.c_uint64(1 << 63 | 5), 0.5, 0.02, dummy, Placement(100, 128, 0, 0)]
+        self.kernels.launch("place_dummy", 3, 256, args)
+        expected = dummy_values(1 << 63 | 5, 300, 0.5, 0.02).view(3, 100).cuda()
+        self.expect_equal("place_dummy: the host's values", dummy[:, :100], expected)
+
+    def check_rope(self):
+        heads, kv_heads, head_dim, block_size, tokens = 8, 2, 64, 16, 5
+        width, half = (heads + 2 * kv_heads) * head_dim, head_dim // 2
+        qkv, angles = torch.randn(tokens, width, device="cuda"), torch.rand(100, half, device="cuda")
+        positions, slots = int32([3, 99, 0, 41, 42]), int32([19, 64, 33, 5, 6])
+        queries = torch.zeros(tokens, heads * head_dim, device="cuda", dtype=torch.bfloat16)
+        cache = torch.zeros(5, 2, kv_heads, block_size, head_dim, device="cuda", dtype=torch.bfloat16)
+        shape = KvShape(heads, kv_heads, head_dim, head_dim, block_size)
+        tables = [angles.cos(), angles.sin()]
+        args = [qkv, width, *tables, positions, slots, queries, heads * head_dim, cache, shape]
+        self.kernels.launch("rope_store_kv", tokens, 256, args)
+        q, k, v = qkv.view(tokens, -1, head_dim).double().split([heads, kv_heads, kv_heads], 1)
+        cos, sin = (table[positions.long()].double()[:, None] for table in tables)
+
+        def turned(x):
+            return torch.cat(
+                [x[..., :half] * cos - x[..., half:] * sin, x[..., half:] * cos + x[..., :half] * sin], -1
+            )
+
+        stored = cache[slots.long() // block_size, :, :, slots.long() % block_size]
+        self.expect("rope_store_kv: queries", error(queries, turned(q).reshape(tokens, -1)), 4e-3)
+        self.expect("rope_store_kv: keys", error(stored[:, 0], turned(k)), 4e-3)
+        self.expect_equal("rope_store_kv: values", stored[:, 1], v.to(torch.bfloat16))
+        self.expect_equal("rope_store_kv: other slots", cache.count_nonzero(), stored.count_nonzero())
 
     def check_attention(self):
         for heads, kv_heads, head_dim, window, length in [

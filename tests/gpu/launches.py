@@ -67,6 +67,55 @@ def int32(values):
     return torch.tensor(values, dtype=torch.int32, device="cuda")
 
 
+def plan_attention(sequences, group, heads, split):
+    """Items, folds and number of partial rows for sequences of (block table start, tokens, position).
+
+    Split, every chunk of keys is an item of its own; otherwise an item walks all that its tokens see.
+    """
+    per_tile, items, folds, partials, first_token = 64 // group, [], [], 0, 0
+    for table_start, num_tokens, position in sequences:
+        for first in range(0, num_tokens, per_tile):
+            count = min(per_tile, num_tokens - first)
+            tile = [table_start, first_token + first, count, position + first]
+            chunks = -(-(position + first + count) // CHUNK_KEYS)
+            if not split:
+                items.append([*tile, 0, chunks, NO_PARTIAL])
+                continue
+            for token in range(count):
+                folds.append([first_token + first + token, partials + token * heads, count * heads, chunks])
+            for c in range(chunks):
+                items.append([*tile, c, c + 1, partials])
+                partials += count * heads
+        first_token += num_tokens
+    return items, folds, partials
+
+
+class Attention:
+    """One planned attention, with everything it needs on the device, so that it can be timed."""
+
+    def __init__(self, launch, q, cache, table, plan, heads, kv_heads, head_dim, window):
+        items, folds, partials = plan
+        self.kernels, self.heads, self.kv_heads = launch.kernels, heads, kv_heads
+        block_size, stride = cache.shape[3:]
+        kv = KvShape(heads, kv_heads, head_dim, stride, block_size)
+        scale = math.log2(math.e) / math.sqrt(head_dim)
+        self.shape = AttentionShape(kv, q.shape[1], q.shape[1], window, scale)
+        self.inputs, self.stride = [q, cache, table, int32(items)], stride
+        self.folds = int32(folds) if folds else None
+        self.out = torch.zeros_like(q)
+        self.softmax = torch.full((max(partials, 1), 2), math.nan, device="cuda")
+        self.output = torch.full((max(partials, 1), stride), math.nan, device="cuda")
+
+    def run(self):
+        grid = (self.inputs[3].shape[0], self.kv_heads)
+        args = [*self.inputs, self.shape, self.out, self.softmax, self.output]
+        self.kernels.launch(f"attention_{self.stride}", grid, 128, args, 5 * 64 * self.stride * 2)
+        if self.folds is not None:
+            args = [self.folds, self.softmax, self.output, self.shape, self.out]
+            self.kernels.launch("attention_fold", (self.folds.shape[0], self.heads), 128, args)
+        return self.out
+
+
 class Launcher:
     """Launches on PyTorch's current stream."""
 
@@ -112,36 +161,8 @@ class Launcher:
 
     def attend(self, q, cache, table, position, heads, kv_heads, head_dim, window, split):
         """Tokens q [n, heads · head_dim] of one sequence from `position` on."""
-        n, block_size = q.shape[0], cache.shape[3]
-        shape = AttentionShape(
-            KvShape(heads, kv_heads, head_dim, cache.shape[4], block_size),
-            q.shape[1],
-            q.shape[1],
-            window,
-            math.log2(math.e) / math.sqrt(head_dim),
-        )
-        per_tile, items, folds, partials = 64 // (heads // kv_heads), [], [], 0
-        for first in range(0, n, per_tile):
-            count = min(per_tile, n - first)
-            chunks = -(-(position + first + count) // CHUNK_KEYS)
-            if not split:
-                items.append([0, first, count, position + first, 0, chunks, NO_PARTIAL])
-                continue
-            for token in range(count):
-                folds.append([first + token, partials + token * heads, count * heads, chunks])
-            for c in range(chunks):
-                items.append([0, first, count, position + first, c, c + 1, partials])
-                partials += count * heads
-        out = torch.zeros_like(q)
-        softmax = torch.full((max(partials, 1), 2), math.nan, device="cuda")
-        output = torch.full((max(partials, 1), cache.shape[4]), math.nan, device="cuda")
-        shared = 5 * 64 * cache.shape[4] * 2
-        args = [q, cache, table, int32(items), shape, out, softmax, output]
-        self.kernels.launch(f"attention_{cache.shape[4]}", (len(items), kv_heads), 128, args, shared)
-        if split:
-            args = [int32(folds), softmax, output, shape, out]
-            self.kernels.launch("attention_fold", (len(folds), heads), 128, args)
-        return out
+        plan = plan_attention([(0, q.shape[0], position)], heads // kv_heads, heads, split)
+        return Attention(self, q, cache, table, plan, heads, kv_heads, head_dim, window).run()
 
     def gather(self, x, permutation, permuted):
         args = [x, permutation, TOP_K, permuted, x.shape[1] // 8]
