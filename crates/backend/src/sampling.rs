@@ -59,6 +59,11 @@ impl SampleParams {
         Self { temperature: 0.0, ..Self::default() }
     }
 
+    /// Whether neither bias nor penalties touch the logits.
+    fn leaves_logits(&self) -> bool {
+        self.logit_bias.is_empty() && !self.has_penalties()
+    }
+
     fn has_penalties(&self) -> bool {
         self.presence_penalty != 0.0 || self.frequency_penalty != 0.0 || self.repetition_penalty != 1.0
     }
@@ -79,6 +84,19 @@ pub struct SampleRow<'a> {
     pub forced: Option<u32>,
     /// Report log-probabilities: the token's own, and of this many likeliest tokens.
     pub num_logprobs: Option<u32>,
+}
+
+impl SampleRow<'_> {
+    /// Whether the likeliest token of the bare logits is all that is wanted.
+    pub fn wants_likeliest(&self) -> bool {
+        let params = self.params;
+        let is_greedy = params.temperature == 0.0 || params.top_k == 1;
+        is_greedy
+            && params.leaves_logits()
+            && self.banned.is_empty()
+            && self.forced.is_none()
+            && self.num_logprobs.is_none()
+    }
 }
 
 /// A token and its natural log-probability under the model's own distribution (before bias, penalties and
@@ -156,8 +174,7 @@ fn finite_max(logits: &[f32]) -> Result<f32, NonFiniteLogits> {
 /// Takes one token from logits of which the largest is `max`.
 fn take_token(logits: &[f32], max: f32, row: &SampleRow<'_>) -> Result<u32, NonFiniteLogits> {
     let params = row.params;
-    let untouched = params.logit_bias.is_empty() && row.banned.is_empty() && !params.has_penalties();
-    if untouched {
+    if params.leaves_logits() && row.banned.is_empty() {
         return Ok(take_adjusted(logits, max, row));
     }
     let adjusted = adjust(logits, row);

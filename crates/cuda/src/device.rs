@@ -1,0 +1,236 @@
+//! One GPU: its context, one stream, the loaded kernels, memory, and the first error.
+//!
+//! Everything runs on one stream, in order; nothing here waits for it but `synchronize` and the copies that say so.
+//! Launches return nothing: an error is kept, what follows it is not launched, and `take_error` tells of it.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use backend::BackendError;
+use cudarc::driver::{CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr, DriverError, result, sys};
+use cudarc::nvrtc::Ptx;
+
+use crate::kernels::{self, Argument};
+use crate::probe::{DeviceInfo, describe};
+
+/// What a block may have of dynamic shared memory without asking for more.
+const UNASKED_SHARED_BYTES: u32 = 48 << 10;
+/// More than any kernel takes.
+const MAX_ARGUMENTS: usize = 12;
+
+/// Bytes on the device, freed with this.
+pub(crate) struct Buffer {
+    slice: CudaSlice<u8>,
+    /// Where it starts, on the device.
+    pub(crate) address: u64,
+}
+
+impl Buffer {
+    /// Its size.
+    pub(crate) fn num_bytes(&self) -> usize {
+        self.slice.num_bytes()
+    }
+}
+
+struct Kernel {
+    function: CudaFunction,
+    /// Dynamic shared memory that was asked for so far.
+    shared_bytes: u32,
+}
+
+/// The GPU.
+pub(crate) struct Device {
+    stream: Arc<CudaStream>,
+    kernels: HashMap<&'static str, Kernel>,
+    /// Streaming multiprocessors.
+    pub(crate) num_multiprocessors: u32,
+    /// Whether products run on warpgroups' tensor cores.
+    pub(crate) has_wgmma: bool,
+    error: Option<DriverError>,
+}
+
+/// How many blocks, and what each of them has.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Grid {
+    /// Blocks along x and y.
+    pub(crate) blocks: [usize; 2],
+    /// Threads of a block.
+    pub(crate) threads: u32,
+    /// Dynamic shared memory of a block.
+    pub(crate) shared_bytes: u32,
+}
+
+impl Grid {
+    /// `blocks` blocks without dynamic shared memory.
+    pub(crate) fn new(blocks: usize, threads: u32) -> Self {
+        Self { blocks: [blocks, 1], threads, shared_bytes: 0 }
+    }
+}
+
+impl Device {
+    /// Opens a device and loads every kernel that it needs.
+    pub(crate) fn open(info: &DeviceInfo) -> Result<Self, BackendError> {
+        let context = CudaContext::new(info.ordinal).map_err(failed)?;
+        // SAFETY: one stream uses all memory, so there is nothing to be kept in order by events.
+        unsafe { context.disable_event_tracking() };
+        let multiprocessors = context
+            .attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+            .map_err(failed)?;
+        let has_wgmma = info.capability.has_wgmma();
+        Ok(Self {
+            stream: context.new_stream().map_err(failed)?,
+            kernels: load_kernels(&context, info)?,
+            num_multiprocessors: multiprocessors as u32,
+            has_wgmma,
+            error: None,
+        })
+    }
+
+    /// Free memory of the device.
+    pub(crate) fn free_bytes(&self) -> Result<u64, BackendError> {
+        let (free, _) = self.stream.context().mem_get_info().map_err(failed)?;
+        Ok(free as u64)
+    }
+
+    /// Allocates zeroed memory; `what` is for the message if there is none.
+    pub(crate) fn allocate(&mut self, what: &str, num_bytes: usize) -> Result<Buffer, BackendError> {
+        // A handle without rows still has an address.
+        let slice = self.stream.alloc_zeros::<u8>(num_bytes.max(1)).map_err(|error| {
+            if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+                BackendError::OutOfMemory { what: what.to_owned(), needed_bytes: num_bytes as u64 }
+            } else {
+                failed(error)
+            }
+        })?;
+        let address = slice.device_ptr(&self.stream).0;
+        Ok(Buffer { slice, address })
+    }
+
+    /// Launches a kernel with arguments that are what it declares: nothing checks them but the tests, all of which also
+    /// run under an emulator that checks every access.
+    ///
+    /// # Panics
+    /// If there is no such kernel.
+    pub(crate) fn launch(&mut self, name: &str, grid: Grid, arguments: &[&dyn Argument]) {
+        if self.error.is_some() || grid.blocks.contains(&0) {
+            return;
+        }
+        let kernel = self.kernels.get_mut(name).unwrap_or_else(|| panic!("there is no kernel {name}"));
+        let result = launch(&self.stream, kernel, grid, arguments);
+        self.record(result);
+    }
+
+    /// Copies to the device and waits.
+    pub(crate) fn write<T: bytemuck::Pod>(&mut self, buffer: &Buffer, first_byte: usize, values: &[T]) {
+        self.write_later(buffer, first_byte, values);
+        self.synchronize();
+    }
+
+    /// Copies to the device in the order of the stream; `values` must stay as they are until the next `synchronize`.
+    pub(crate) fn write_later<T: bytemuck::Pod>(&mut self, buffer: &Buffer, first_byte: usize, values: &[T]) {
+        assert!(first_byte + size_of_val(values) <= buffer.num_bytes());
+        if values.is_empty() {
+            return;
+        }
+        let (to, stream) = (buffer.address + first_byte as u64, self.stream.cu_stream());
+        // SAFETY: the destination is in bounds, and the caller keeps the source.
+        self.call(|| unsafe { result::memcpy_htod_async(to, values, stream) });
+    }
+
+    /// Copies from the device and waits.
+    pub(crate) fn read<T: bytemuck::Pod>(&mut self, buffer: &Buffer, first_byte: usize, values: &mut [T]) {
+        assert!(first_byte + size_of_val(values) <= buffer.num_bytes());
+        let (from, stream) = (buffer.address + first_byte as u64, self.stream.cu_stream());
+        if !values.is_empty() {
+            // SAFETY: both sides are in bounds, and the destination is kept until the copy is done.
+            self.call(|| unsafe { result::memcpy_dtoh_async(values, from, stream) });
+        }
+        self.synchronize();
+    }
+
+    /// What a call of the driver gives, or `None` and the error is kept.
+    pub(crate) fn call<T>(&mut self, call: impl FnOnce() -> Result<T, DriverError>) -> Option<T> {
+        if self.error.is_some() {
+            return None;
+        }
+        let result = self.stream.context().bind_to_thread().and_then(|()| call());
+        result.map_err(|error| self.error = Some(error)).ok()
+    }
+
+    /// Waits for all work.
+    pub(crate) fn synchronize(&mut self) {
+        let result = self.stream.synchronize();
+        self.record(result);
+    }
+
+    /// The first error; a device that had one has it for ever.
+    ///
+    /// # Errors
+    /// That error.
+    pub(crate) fn check(&self) -> Result<(), BackendError> {
+        self.error.map_or(Ok(()), |error| Err(failed(error)))
+    }
+
+    fn record(&mut self, result: Result<(), DriverError>) {
+        if let Err(error) = result {
+            self.error.get_or_insert(error);
+        }
+    }
+}
+
+fn failed(error: DriverError) -> BackendError {
+    BackendError::Device(describe(error))
+}
+
+fn launch(
+    stream: &CudaStream,
+    kernel: &mut Kernel,
+    grid: Grid,
+    arguments: &[&dyn Argument],
+) -> Result<(), DriverError> {
+    assert!(arguments.len() <= MAX_ARGUMENTS);
+    stream.context().bind_to_thread()?;
+    if grid.shared_bytes > kernel.shared_bytes {
+        let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        kernel.function.set_attribute(attribute, grid.shared_bytes as i32)?;
+        kernel.shared_bytes = grid.shared_bytes;
+    }
+    let mut pointers = [std::ptr::null_mut(); MAX_ARGUMENTS];
+    pointers.iter_mut().zip(arguments).for_each(|(pointer, argument)| *pointer = argument.pointer());
+    let [x, y] = grid.blocks.map(|blocks| blocks as u32);
+    // SAFETY: every pointer is to a value that lives until the driver has copied it, which it does before returning.
+    unsafe {
+        result::launch_kernel(
+            kernel.function.cu_function(),
+            (x, y, 1),
+            (grid.threads, 1, 1),
+            grid.shared_bytes,
+            stream.cu_stream(),
+            &mut pointers,
+        )
+    }
+}
+
+fn load_kernels(
+    context: &Arc<CudaContext>,
+    info: &DeviceInfo,
+) -> Result<HashMap<&'static str, Kernel>, BackendError> {
+    let mut loaded = HashMap::new();
+    for (file, names) in kernels::files(info.capability.has_wgmma()) {
+        let target = info.capability.target();
+        let cubin = target.and_then(|target| kernels::embedded_cubin(file, target)).ok_or_else(|| {
+            let generation = format!("{}.{}", info.capability.major, info.capability.minor);
+            BackendError::Unsupported(format!(
+                "{} (compute capability {generation}): this binary was built without kernels for it; run \
+                 kernels/check.py before cargo build",
+                info.name
+            ))
+        })?;
+        let module = context.load_module(Ptx::from_binary(cubin.to_vec())).map_err(failed)?;
+        for name in names {
+            let function = module.load_function(name).map_err(failed)?;
+            loaded.insert(name, Kernel { function, shared_bytes: UNASKED_SHARED_BYTES });
+        }
+    }
+    Ok(loaded)
+}

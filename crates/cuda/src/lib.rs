@@ -1,0 +1,550 @@
+//! The CUDA backend: the verbs of [`Backend`] as launches of the kernels in `kernels/`, through cudarc.
+//!
+//! [`probe`] says whether there is a device, without ever panicking; [`Cuda::new`] opens it. Everything runs on one
+//! stream. What a layer needs beside its tensors (rows in the order of their experts, partial results of attention) is
+//! the backend's own, made when handles are, so that no verb allocates.
+//!
+//! What is deliberately not here: Mixtral, policy, and any kernel; those are in `kernels/`, each a file with its reasons.
+
+mod attention;
+mod device;
+mod kernels;
+mod probe;
+mod products;
+mod step;
+mod tensor;
+mod weights;
+
+use backend::sampling::sample_row;
+use backend::{
+    AttentionShape, Backend, BackendError, Batch, DType, ExpertsView, MatrixUse, NonFiniteLogits, RopeTable,
+    RouteShape, SampleRow, Sampled, StepShape, WeightView,
+};
+use half::bf16;
+
+use crate::attention::{MAX_PARTIALS, Plan, PlanShape};
+use crate::device::{Buffer, Device, Grid};
+use crate::kernels::{AttentionArguments, Epilogue, KvArguments, NormShape, RouteArguments, RoutingTables};
+use crate::products::{Rows, multiply};
+use crate::step::StepBuffers;
+use crate::tensor::{element_bytes, stride};
+use crate::weights::Uploader;
+
+pub use crate::probe::{Capability, DeviceInfo, NoDevice, probe};
+pub use crate::tensor::{Experts, KvCache, Matrix, Rope, Routing, Tensor, Vector};
+
+/// Most experts and most experts per token that `route.cu` and `combine_experts.cu` have shared memory for.
+const MAX_EXPERTS: usize = 256;
+const MAX_TOP_K: usize = 64;
+/// Numbers that the offsets of all layers' experts may take: 128 layers of 256 experts twice over.
+const MAX_OFFSETS: usize = 1 << 16;
+/// What `greedy.cu` writes for a row that no token can be taken of.
+const NO_TOKEN: u32 = u32::MAX;
+/// A window that no context reaches.
+const NO_WINDOW: u32 = 1 << 30;
+
+/// The CUDA backend.
+pub struct Cuda {
+    info: DeviceInfo,
+    device: Device,
+    uploader: Uploader,
+    step: StepBuffers,
+    plan: Plan,
+    plan_shape: Option<PlanShape>,
+    partials: Option<Partials>,
+    experts_scratch: ExpertsScratch,
+    /// Of all layers, so that a step reads them at once.
+    offsets: Buffer,
+    num_offsets: usize,
+    host_offsets: Vec<u32>,
+    /// The likeliest token of each row.
+    greedy: Option<Buffer>,
+    batch_logits: usize,
+    sampled: Vec<Option<Result<Sampled, NonFiniteLogits>>>,
+}
+
+/// Maxima and sums, and outputs, of chunks of attention.
+struct Partials {
+    softmax: Buffer,
+    output: Buffer,
+}
+
+/// What experts compute from and into, rows in the order of their experts.
+#[derive(Default)]
+struct ExpertsScratch {
+    max_rows: usize,
+    hidden: usize,
+    buffers: Option<ScratchBuffers>,
+}
+
+struct ScratchBuffers {
+    /// bf16 `[max_rows, stride]`: the layer's input.
+    permuted: Buffer,
+    /// f32 `[max_rows, stride]`: the layer's output before it is weighted.
+    products: Buffer,
+}
+
+impl ExpertsScratch {
+    /// Makes room for so many rows of so many features, as soon as both are known.
+    fn reserve(&mut self, device: &mut Device, max_rows: usize, hidden: usize) -> Result<(), BackendError> {
+        let grows = max_rows > self.max_rows || hidden > self.hidden;
+        (self.max_rows, self.hidden) = (self.max_rows.max(max_rows), self.hidden.max(hidden));
+        if !grows || self.max_rows == 0 || self.hidden == 0 {
+            return Ok(());
+        }
+        let elements = self.max_rows * stride(self.hidden);
+        let mut allocate =
+            |dtype| device.allocate("rows in the order of their experts", elements * element_bytes(dtype));
+        let buffers = ScratchBuffers { permuted: allocate(DType::Bf16)?, products: allocate(DType::F32)? };
+        self.buffers = Some(buffers);
+        Ok(())
+    }
+}
+
+impl Cuda {
+    /// Opens a device.
+    ///
+    /// # Errors
+    /// [`BackendError::Unsupported`] if this binary has no kernels for it, [`BackendError::Device`] if it fails.
+    pub fn new(info: DeviceInfo) -> Result<Self, BackendError> {
+        let mut device = Device::open(&info)?;
+        let offsets = device.allocate("offsets of experts", MAX_OFFSETS * size_of::<u32>())?;
+        Ok(Self {
+            info,
+            device,
+            uploader: Uploader::new(),
+            step: StepBuffers::default(),
+            plan: Plan::default(),
+            plan_shape: None,
+            partials: None,
+            experts_scratch: ExpertsScratch::default(),
+            offsets,
+            num_offsets: 0,
+            host_offsets: Vec::new(),
+            greedy: None,
+            batch_logits: 0,
+            sampled: Vec::new(),
+        })
+    }
+
+    /// Memory of the device that nothing has taken yet.
+    ///
+    /// # Errors
+    /// If the device failed.
+    pub fn free_bytes(&self) -> Result<u64, BackendError> {
+        self.device.free_bytes()
+    }
+
+    fn norm_shape(weight: &Vector, x: &Tensor, out: &Tensor, eps: f32) -> (NormShape, u32) {
+        assert_eq!((x.features, out.features), (weight.features, weight.features));
+        let shape = NormShape { features: x.features as i32, stride: x.stride as i32, eps };
+        (shape, (x.stride * size_of::<f32>()) as u32)
+    }
+
+    fn offsets_of(&self, routing: &Routing) -> u64 {
+        self.offsets.address + (routing.first_offset * size_of::<u32>()) as u64
+    }
+
+    /// Rows of logits that need more than the likeliest token are read back and sampled on the host.
+    fn sample_on_host(&mut self, logits: &Tensor, rows: &[SampleRow<'_>]) {
+        let mut values = vec![0.0; logits.features];
+        for (index, row) in rows.iter().enumerate() {
+            if !row.wants_likeliest() {
+                self.device.read(&logits.buffer, index * logits.stride * size_of::<f32>(), &mut values);
+                self.sampled[index] = Some(sample_row(&values, row));
+            }
+        }
+    }
+}
+
+impl Backend for Cuda {
+    type Tensor = Tensor;
+    type Vector = Vector;
+    type Matrix = Matrix;
+    type Experts = Experts;
+    type KvCache = KvCache;
+    type Routing = Routing;
+    type Rope = Rope;
+
+    fn describe(&self) -> String {
+        let Capability { major, minor } = self.info.capability;
+        format!("cuda {}, compute capability {major}.{minor}", self.info.name)
+    }
+
+    fn tensor(&mut self, max_rows: usize, features: usize, dtype: DType) -> Result<Tensor, BackendError> {
+        let stride = stride(features);
+        let buffer = self.device.allocate("activations", max_rows * stride * element_bytes(dtype))?;
+        Ok(Tensor { buffer, max_rows, features, stride, dtype })
+    }
+
+    fn vector(&mut self, view: &WeightView) -> Result<Vector, BackendError> {
+        let values: Vec<f32> = view.to_bf16().into_iter().map(bf16::to_f32).collect();
+        let buffer = self.device.allocate("a norm", stride(values.len()) * size_of::<f32>())?;
+        self.device.write(&buffer, 0, &values);
+        self.device.check()?;
+        Ok(Vector { buffer, features: values.len() })
+    }
+
+    fn matrix(&mut self, parts: &[WeightView], _: MatrixUse) -> Result<Matrix, BackendError> {
+        self.uploader.matrix(&mut self.device, parts)
+    }
+
+    fn experts(&mut self, view: &ExpertsView) -> Result<Experts, BackendError> {
+        let gate_up = self.uploader.gate_up(&mut self.device, &view.gate, &view.up)?;
+        let down = self.uploader.down(&mut self.device, &view.down)?;
+        self.experts_scratch.reserve(&mut self.device, 0, gate_up.cols)?;
+        Ok(Experts { gate_up, down })
+    }
+
+    fn rope(&mut self, table: &RopeTable) -> Result<Rope, BackendError> {
+        let mut upload = |values: &[f32]| {
+            let buffer = self.device.allocate("the angles of positions", size_of_val(values))?;
+            self.device.write(&buffer, 0, values);
+            self.device.check()?;
+            Ok(buffer)
+        };
+        Ok(Rope { cos: upload(&table.cos)?, sin: upload(&table.sin)?, half_dim: table.half_dim })
+    }
+
+    fn kv_cache(
+        &mut self,
+        shape: AttentionShape,
+        num_blocks: usize,
+        block_size: usize,
+    ) -> Result<KvCache, BackendError> {
+        let widths = kernels::ATTENTION.into_iter();
+        let (head_stride, kernel) =
+            widths.filter(|&(width, _)| width >= shape.head_dim).min().ok_or_else(|| {
+                BackendError::Unsupported(format!("heads of {} features, 128 at most", shape.head_dim))
+            })?;
+        let group = shape.num_heads / shape.num_kv_heads;
+        if group > attention::TILE_ROWS {
+            return Err(BackendError::Unsupported(format!(
+                "{group} query heads for each kv head, 64 at most"
+            )));
+        }
+        if self
+            .partials
+            .as_ref()
+            .is_none_or(|partials| partials.output.num_bytes() < MAX_PARTIALS * head_stride * 4)
+        {
+            let mut allocate =
+                |width| self.device.allocate("partial results of attention", MAX_PARTIALS * width * 4);
+            self.partials = Some(Partials { softmax: allocate(2)?, output: allocate(head_stride)? });
+        }
+        self.plan_shape = Some(PlanShape {
+            num_heads: shape.num_heads,
+            num_kv_heads: shape.num_kv_heads,
+            enough_blocks: self.device.num_multiprocessors as usize,
+        });
+        let elements = num_blocks * 2 * shape.num_kv_heads * block_size * head_stride;
+        Ok(KvCache {
+            buffer: self.device.allocate("the cache of keys and values", elements * size_of::<bf16>())?,
+            kv: KvArguments {
+                num_heads: shape.num_heads as i32,
+                num_kv_heads: shape.num_kv_heads as i32,
+                head_dim: shape.head_dim as i32,
+                head_stride: head_stride as i32,
+                block_size: block_size as i32,
+            },
+            window: shape.sliding_window.map_or(NO_WINDOW, |window| window.min(NO_WINDOW)) as i32,
+            scale: std::f32::consts::LOG2_E / (shape.head_dim as f32).sqrt(),
+            kernel,
+        })
+    }
+
+    fn routing(&mut self, max_tokens: usize, shape: RouteShape) -> Result<Routing, BackendError> {
+        let RouteShape { num_experts, top_k } = shape;
+        if num_experts > MAX_EXPERTS || top_k > MAX_TOP_K {
+            let limits = format!("{MAX_EXPERTS} and {MAX_TOP_K} at most");
+            return Err(BackendError::Unsupported(format!(
+                "{num_experts} experts, {top_k} per token: {limits}"
+            )));
+        }
+        let first_offset = self.num_offsets;
+        self.num_offsets += num_experts + 1;
+        if self.num_offsets > MAX_OFFSETS {
+            return Err(BackendError::Unsupported(format!(
+                "{MAX_OFFSETS} or more experts in all layers together"
+            )));
+        }
+        self.experts_scratch.reserve(&mut self.device, max_tokens * top_k, 0)?;
+        let tables = self.device.allocate("routing", (4 * max_tokens * top_k + 1) * size_of::<u32>())?;
+        Ok(Routing { tables, max_tokens, num_experts, top_k, first_offset, num_tokens: 0 })
+    }
+
+    fn upload(&mut self, tensor: &mut Tensor, values: &[f32]) {
+        let rows = values.chunks_exact(tensor.features);
+        assert!(rows.len() <= tensor.max_rows);
+        for (row, values) in rows.enumerate() {
+            let first_byte = row * tensor.stride * tensor.element_bytes();
+            match tensor.dtype {
+                DType::F32 => self.device.write(&tensor.buffer, first_byte, values),
+                DType::Bf16 => {
+                    let rounded: Vec<bf16> = values.iter().map(|&x| bf16::from_f32(x)).collect();
+                    self.device.write(&tensor.buffer, first_byte, &rounded);
+                }
+            }
+        }
+    }
+
+    fn download(&mut self, tensor: &Tensor, rows: usize) -> Vec<f32> {
+        let elements = rows * tensor.stride;
+        let padded = match tensor.dtype {
+            DType::F32 => {
+                let mut values = vec![0.0; elements];
+                self.device.read(&tensor.buffer, 0, &mut values);
+                values
+            }
+            DType::Bf16 => {
+                let mut values = vec![bf16::ZERO; elements];
+                self.device.read(&tensor.buffer, 0, &mut values);
+                values.into_iter().map(bf16::to_f32).collect()
+            }
+        };
+        padded.chunks_exact(tensor.stride).flat_map(|row| &row[..tensor.features]).copied().collect()
+    }
+
+    fn begin_step(&mut self, batch: &Batch) -> Result<StepShape, BackendError> {
+        match &self.plan_shape {
+            Some(shape) => self.plan.make(shape, batch),
+            None => self.plan = Plan::default(),
+        }
+        self.sampled.clear();
+        self.batch_logits = batch.logits_indices.len();
+        let greedy_bytes = self.batch_logits.next_power_of_two() * size_of::<u32>();
+        if self.greedy.as_ref().is_none_or(|greedy| greedy.num_bytes() < greedy_bytes) {
+            self.greedy = Some(self.device.allocate("sampled tokens", greedy_bytes)?);
+        }
+        self.step.write(&mut self.device, batch, &self.plan)?;
+        Ok(batch.shape())
+    }
+
+    fn embed(&mut self, table: &Matrix, out: &mut Tensor) {
+        let rows = self.step.num_tokens();
+        let to = out.rows(rows, DType::F32);
+        let [features, table_stride, out_stride] = [table.cols, table.stride, out.stride].map(|n| n as i32);
+        let ids = self.step.sections().token_ids;
+        let arguments: [&dyn kernels::Argument; 6] =
+            [&ids, &table.buffer.address, &to, &features, &table_stride, &out_stride];
+        self.device.launch("embed", Grid::new(rows, 256), &arguments);
+    }
+
+    fn add(&mut self, x: &mut Tensor, y: &Tensor, rows: usize) {
+        assert_eq!(x.features, y.features);
+        let quads = rows * x.stride / 4;
+        let (to, from) = (x.rows(rows, DType::F32), y.rows(rows, DType::F32));
+        self.device.launch("add", Grid::new(quads.div_ceil(256), 256), &[&to, &from, &(quads as i64)]);
+    }
+
+    fn rms_norm(&mut self, x: &Tensor, weight: &Vector, eps: f32, out: &mut Tensor, rows: usize) {
+        let (shape, shared_bytes) = Self::norm_shape(weight, x, out, eps);
+        let (from, to) = (x.rows(rows, DType::F32), out.rows(rows, DType::Bf16));
+        let grid = Grid { shared_bytes, ..Grid::new(rows, 256) };
+        self.device.launch("rms_norm", grid, &[&from, &weight.buffer.address, &to, &shape]);
+    }
+
+    fn add_rms_norm(
+        &mut self,
+        residual: &mut Tensor,
+        delta: &Tensor,
+        weight: &Vector,
+        eps: f32,
+        out: &mut Tensor,
+        rows: usize,
+    ) {
+        assert_eq!(residual.features, delta.features);
+        let (shape, shared_bytes) = Self::norm_shape(weight, residual, out, eps);
+        let (sum, delta) = (residual.rows(rows, DType::F32), delta.rows(rows, DType::F32));
+        let to = out.rows(rows, DType::Bf16);
+        let grid = Grid { shared_bytes, ..Grid::new(rows, 256) };
+        self.device.launch("add_rms_norm", grid, &[&sum, &delta, &weight.buffer.address, &to, &shape]);
+    }
+
+    fn linear(&mut self, x: &Tensor, weight: &Matrix, out: &mut Tensor, rows: usize) {
+        assert_eq!((x.features, out.features), (weight.cols, weight.features));
+        let epilogue = if out.dtype == DType::F32 { Epilogue::F32 } else { Epilogue::Bf16 };
+        let rows = Rows {
+            x: x.rows(rows, DType::Bf16),
+            max_rows: x.max_rows,
+            num_rows: rows,
+            offsets: None,
+            out: out.rows(rows, out.dtype),
+            out_stride: out.stride,
+        };
+        multiply(&mut self.device, weight, rows, epilogue);
+    }
+
+    fn rope_store_kv(&mut self, qkv: &Tensor, rope: &Rope, q_out: &mut Tensor, kv: &mut KvCache) {
+        let (rows, sections) = (self.step.num_tokens(), self.step.sections());
+        assert_eq!(2 * rope.half_dim, kv.kv.head_dim as usize);
+        let (from, to) = (qkv.rows(rows, DType::F32), q_out.rows(rows, DType::Bf16));
+        let [qkv_stride, q_stride] = [qkv.stride, q_out.stride].map(|n| n as i32);
+        let arguments: [&dyn kernels::Argument; 10] = [
+            &from,
+            &qkv_stride,
+            &rope.cos.address,
+            &rope.sin.address,
+            &sections.positions,
+            &sections.slots,
+            &to,
+            &q_stride,
+            &kv.buffer.address,
+            &kv.kv,
+        ];
+        self.device.launch("rope_store_kv", Grid::new(rows, 256), &arguments);
+    }
+
+    fn attention(&mut self, q: &Tensor, kv: &KvCache, out: &mut Tensor) {
+        let (rows, sections) = (self.step.num_tokens(), self.step.sections());
+        let shape = AttentionArguments {
+            kv: kv.kv,
+            q_stride: q.stride as i32,
+            out_stride: out.stride as i32,
+            window: kv.window,
+            scale: kv.scale,
+        };
+        let planned = self.plan_shape.as_ref().map(|shape| (shape.num_heads, shape.num_kv_heads));
+        assert_eq!(
+            planned,
+            Some((kv.kv.num_heads as usize, kv.kv.num_kv_heads as usize)),
+            "one shape per model"
+        );
+        let partials = self.partials.as_ref().expect("a cache was made");
+        let (from, to) = (q.rows(rows, DType::Bf16), out.rows(rows, DType::Bf16));
+        let (softmax, output) = (partials.softmax.address, partials.output.address);
+        let grid = Grid {
+            blocks: [self.plan.items.len(), kv.kv.num_kv_heads as usize],
+            threads: 128,
+            shared_bytes: 5 * 64 * kv.kv.head_stride as u32 * 2,
+        };
+        let cache = kv.buffer.address;
+        let arguments: [&dyn kernels::Argument; 8] =
+            [&from, &cache, &sections.block_tables, &sections.items, &shape, &to, &softmax, &output];
+        self.device.launch(kv.kernel, grid, &arguments);
+        let folds =
+            Grid { blocks: [self.plan.folds.len(), kv.kv.num_heads as usize], threads: 128, shared_bytes: 0 };
+        self.device.launch("attention_fold", folds, &[&sections.folds, &softmax, &output, &shape, &to]);
+    }
+
+    fn route(&mut self, x: &Tensor, router: Option<&Matrix>, routing: &mut Routing, rows: usize) {
+        assert!(rows <= routing.max_tokens);
+        routing.num_tokens = rows;
+        let tables = RoutingTables {
+            topk_ids: routing.table(0),
+            topk_weights: routing.table(1),
+            expert_offsets: self.offsets_of(routing),
+            permutation: routing.table(2),
+            rows: routing.table(3),
+            finished_blocks: routing.table(4),
+        };
+        let shape = RouteArguments {
+            num_tokens: rows as i32,
+            num_experts: routing.num_experts as i32,
+            top_k: routing.top_k as i32,
+            stride: x.stride as i32,
+        };
+        let (from, router) = (x.rows(rows, DType::Bf16), router.map_or(0, |router| router.buffer.address));
+        // Without tokens a block is still needed, to say that no expert has any.
+        self.device.launch("route", Grid::new(rows.max(1), 256), &[&from, &router, &tables, &shape]);
+    }
+
+    fn experts_gate_up(&mut self, x: &Tensor, experts: &Experts, routing: &Routing, act: &mut Tensor) {
+        let (gate_up, num_rows) = (&experts.gate_up, routing.num_rows());
+        assert_eq!((x.features, act.features), (gate_up.cols, gate_up.features));
+        let scratch = self.experts_scratch.buffers.as_ref().expect("experts and routing were made");
+        let (from, permuted) = (x.rows(routing.num_tokens, DType::Bf16), scratch.permuted.address);
+        let (permutation, divisor) = (routing.table(2), routing.top_k as i32);
+        let row_quads = (x.stride * size_of::<bf16>() / 16) as i32;
+        let gather = Grid::new(num_rows, 128);
+        self.device.launch("gather_rows", gather, &[&from, &permutation, &divisor, &permuted, &row_quads]);
+        let rows = Rows {
+            x: permuted,
+            max_rows: self.experts_scratch.max_rows,
+            num_rows,
+            offsets: Some(self.offsets_of(routing)),
+            out: act.rows(num_rows, DType::Bf16),
+            out_stride: act.stride,
+        };
+        multiply(&mut self.device, gate_up, rows, Epilogue::Swiglu);
+    }
+
+    fn experts_down(&mut self, act: &Tensor, experts: &Experts, routing: &Routing, out: &mut Tensor) {
+        let (down, num_rows) = (&experts.down, routing.num_rows());
+        assert_eq!((act.features, out.features), (down.cols, down.features));
+        let scratch = self.experts_scratch.buffers.as_ref().expect("experts and routing were made");
+        let products = scratch.products.address;
+        let rows = Rows {
+            x: act.rows(num_rows, DType::Bf16),
+            max_rows: act.max_rows,
+            num_rows,
+            offsets: Some(self.offsets_of(routing)),
+            out: products,
+            out_stride: out.stride,
+        };
+        multiply(&mut self.device, down, rows, Epilogue::F32);
+        let (to, top_k) = (out.rows(routing.num_tokens, DType::F32), routing.top_k as i32);
+        let row_quads = (out.stride / 4) as i32;
+        let arguments: [&dyn kernels::Argument; 6] =
+            [&products, &routing.table(3), &routing.table(1), &top_k, &to, &row_quads];
+        self.device.launch("combine_experts", Grid::new(routing.num_tokens, 256), &arguments);
+    }
+
+    fn gather_rows(&mut self, x: &Tensor, out: &mut Tensor) {
+        assert_eq!((x.features, x.dtype), (out.features, out.dtype));
+        let (indices, divisor) = (self.step.sections().logits_indices, 1);
+        let (from, to) = (x.rows(self.step.num_tokens(), x.dtype), out.rows(self.batch_logits, x.dtype));
+        let row_quads = (x.stride * x.element_bytes() / 16) as i32;
+        let grid = Grid::new(self.batch_logits, 128);
+        self.device.launch("gather_rows", grid, &[&from, &indices, &divisor, &to, &row_quads]);
+    }
+
+    fn sample(&mut self, logits: &Tensor, rows: &[SampleRow<'_>]) {
+        assert_eq!(rows.len(), self.batch_logits);
+        let (from, to) =
+            (logits.rows(rows.len(), DType::F32), self.greedy.as_ref().expect("a step was begun").address);
+        let [vocab, stride] = [logits.features, logits.stride].map(|n| n as i32);
+        self.device.launch("greedy", Grid::new(rows.len(), 1024), &[&from, &vocab, &stride, &to]);
+        self.sampled.resize(rows.len(), None);
+        self.sample_on_host(logits, rows);
+    }
+
+    fn finish_step(&mut self) -> Result<Vec<Result<Sampled, NonFiniteLogits>>, BackendError> {
+        let mut tokens = vec![0; self.sampled.len()];
+        if let Some(greedy) = &self.greedy {
+            self.device.read(greedy, 0, &mut tokens);
+        }
+        self.host_offsets.resize(self.num_offsets, 0);
+        self.device.read(&self.offsets, 0, &mut self.host_offsets);
+        self.device.check()?;
+        let sampled = self.sampled.drain(..).zip(tokens);
+        Ok(sampled.map(|(sampled, token)| sampled.unwrap_or_else(|| likeliest(token))).collect())
+    }
+
+    fn read_routing(&mut self, routing: &Routing) -> backend::Routing {
+        let num_rows = routing.num_rows();
+        let table_bytes = routing.max_tokens * routing.top_k * size_of::<u32>();
+        let (mut topk_ids, mut permutation) = (vec![0; num_rows], vec![0; num_rows]);
+        let mut topk_weights = vec![0.0; num_rows];
+        self.device.read(&routing.tables, 0, &mut topk_ids);
+        self.device.read(&routing.tables, table_bytes, &mut topk_weights);
+        self.device.read(&routing.tables, 2 * table_bytes, &mut permutation);
+        let expert_offsets = self.host_offsets[routing.first_offset..][..=routing.num_experts].to_vec();
+        backend::Routing { top_k: routing.top_k, topk_ids, topk_weights, expert_offsets, permutation }
+    }
+
+    fn count_expert_tokens(&mut self, routing: &Routing, counts: &mut [u64]) {
+        let offsets = &self.host_offsets[routing.first_offset..][..=routing.num_experts];
+        for (count, ends) in counts.iter_mut().zip(offsets.windows(2)) {
+            *count += u64::from(ends[1] - ends[0]);
+        }
+    }
+}
+
+/// What the kernel says of a row.
+fn likeliest(token: u32) -> Result<Sampled, NonFiniteLogits> {
+    if token == NO_TOKEN {
+        return Err(NonFiniteLogits);
+    }
+    Ok(Sampled { token, logprob: None, top_logprobs: Vec::new() })
+}

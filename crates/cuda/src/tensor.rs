@@ -1,0 +1,114 @@
+//! What a model's handles are on a GPU. Rows are padded with zeros to a multiple of 64 features, the width of a tile of
+//! the products, so no kernel has a ragged edge along them; every kernel leaves the padding zero.
+
+use backend::DType;
+
+use crate::device::Buffer;
+use crate::kernels::KvArguments;
+
+/// Rows are padded to a multiple of this many features.
+pub(crate) const TILE_K: usize = 64;
+
+/// The row stride of so many features.
+pub(crate) fn stride(features: usize) -> usize {
+    features.next_multiple_of(TILE_K)
+}
+
+/// Activations `[max_rows, stride]`.
+pub struct Tensor {
+    pub(crate) buffer: Buffer,
+    pub(crate) max_rows: usize,
+    pub(crate) features: usize,
+    pub(crate) stride: usize,
+    pub(crate) dtype: DType,
+}
+
+impl Tensor {
+    /// Size of an element.
+    pub(crate) fn element_bytes(&self) -> usize {
+        element_bytes(self.dtype)
+    }
+
+    /// Where it starts; checks that it has the rows and the type that a verb works on.
+    #[track_caller]
+    pub(crate) fn rows(&self, rows: usize, dtype: DType) -> u64 {
+        assert!(rows <= self.max_rows, "{rows} rows of a tensor of {}", self.max_rows);
+        assert_eq!(self.dtype, dtype);
+        self.buffer.address
+    }
+}
+
+pub(crate) fn element_bytes(dtype: DType) -> usize {
+    match dtype {
+        DType::Bf16 => 2,
+        DType::F32 => 4,
+    }
+}
+
+/// A norm's weight, f32 `[stride]`.
+pub struct Vector {
+    pub(crate) buffer: Buffer,
+    pub(crate) features: usize,
+}
+
+/// One matrix, or one of each expert: bf16 `[num_experts, weight_rows, stride]`.
+pub struct Matrix {
+    pub(crate) buffer: Buffer,
+    pub(crate) num_experts: usize,
+    /// Rows of one expert, those that only fill up included.
+    pub(crate) weight_rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) stride: usize,
+    /// Features of what it makes.
+    pub(crate) features: usize,
+}
+
+/// One layer's experts.
+pub struct Experts {
+    /// Gate and up, interleaved by eight rows.
+    pub(crate) gate_up: Matrix,
+    pub(crate) down: Matrix,
+}
+
+/// One layer's paged keys and values, bf16 `[num_blocks, 2, kv_heads, block_size, head_stride]`.
+pub struct KvCache {
+    pub(crate) buffer: Buffer,
+    pub(crate) kv: KvArguments,
+    /// Tokens that a token sees.
+    pub(crate) window: i32,
+    /// log2(e) / sqrt(head_dim).
+    pub(crate) scale: f32,
+    /// The kernel for heads of this width.
+    pub(crate) kernel: &'static str,
+}
+
+/// One layer's routing, as `route.cu` draws it.
+pub struct Routing {
+    pub(crate) tables: Buffer,
+    pub(crate) max_tokens: usize,
+    pub(crate) num_experts: usize,
+    pub(crate) top_k: usize,
+    /// Entry of the backend's expert offsets where this layer's start.
+    pub(crate) first_offset: usize,
+    /// Tokens routed in this step.
+    pub(crate) num_tokens: usize,
+}
+
+impl Routing {
+    /// Rows of the experts' tensors in this step.
+    pub(crate) fn num_rows(&self) -> usize {
+        self.num_tokens * self.top_k
+    }
+
+    /// Where the `index`-th table starts: ids, weights, permutation, rows; behind them the count of finished blocks.
+    pub(crate) fn table(&self, index: usize) -> u64 {
+        self.tables.address + (index * self.max_tokens * self.top_k * size_of::<u32>()) as u64
+    }
+}
+
+/// Cosines and sines, f32 `[positions, half_dim]` each.
+pub struct Rope {
+    pub(crate) cos: Buffer,
+    pub(crate) sin: Buffer,
+    pub(crate) half_dim: usize,
+}
