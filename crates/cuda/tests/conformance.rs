@@ -10,6 +10,10 @@ fn device() -> Option<DeviceInfo> {
     match opened.and_then(|info| Cuda::new(info.clone()).map(|_| info).map_err(|error| error.to_string())) {
         Ok(info) => Some(info),
         Err(reason) => {
+            assert!(
+                std::env::var_os("FAKE_CUDA_CAPABILITY").is_none(),
+                "the fake driver was asked for: {reason}"
+            );
             println!("skipped: {reason}");
             None
         }
