@@ -14,11 +14,6 @@ namespace emulator {
 
 constexpr int POISON = 0xff;  // NaN in float and in bf16, -1 as an integer
 
-struct Range {
-  char* begin = nullptr;
-  char* end = nullptr;
-};
-
 // Lanes that come together for one warp operation.
 struct Meeting {
   uint32_t mask, arrived;
@@ -66,15 +61,14 @@ struct Block : BlockPlace {
   Barrier barriers[NUM_BARRIERS];
   PlainVector<Thread*> mbarrier_waiters;
 
-  uint32_t first_stack, num_stacks = 0;  // of this block in the arena
+  uint32_t num_stacks = 0;  // in use in the arena
   PlainVector<uint32_t> free_stacks;
-  Range static_shared;  // of the OS thread that runs the block
 
   void* os_stack_pointer = nullptr;
   SanitizerFiber os_thread;
   char start_token, end_token;
 
-  explicit Block(uint32_t worker);
+  Block();
 };
 
 inline Thread& this_thread() { return static_cast<Thread&>(here()); }

@@ -1,14 +1,11 @@
 // Kernels by name, and launches: one block after the other, each in shared memory that is poisoned first and whose end
 // is checked afterwards.
-#include <link.h>
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <memory>
 #include <numeric>
-#include <thread>
 
 #include "block.h"
 
@@ -56,34 +53,13 @@ static void poison(char* begin, size_t bytes) {
   }
 }
 
-#if defined(EMULATOR_ASAN) || defined(EMULATOR_TSAN)
-// Under the sanitizers __shared__ arrays are plain statics in this section.
+// Where __shared__ arrays are: the bounds of a section are given by the linker, if anything is in it.
 extern "C" char __start_emulator_shared[] __attribute__((weak, visibility("hidden")));
 extern "C" char __stop_emulator_shared[] __attribute__((weak, visibility("hidden")));
-static Range find_static_shared() { return Range{__start_emulator_shared, __stop_emulator_shared}; }
-#else
-// __shared__ arrays are thread_local: they are all that this library's part of a thread's storage holds.
-static thread_local char any_static_shared;
-
-static Range find_static_shared() {
-  Range found;
-  auto visit = [](dl_phdr_info* info, size_t, void* data) {
-    for (int i = 0; i < info->dlpi_phnum; i++) {
-      if (info->dlpi_phdr[i].p_type != PT_TLS || info->dlpi_tls_data == nullptr) continue;
-      char* begin = static_cast<char*>(info->dlpi_tls_data);
-      Range range{begin, begin + info->dlpi_phdr[i].p_memsz};
-      if (&any_static_shared >= range.begin && &any_static_shared < range.end) *static_cast<Range*>(data) = range;
-    }
-    return 0;
-  };
-  dl_iterate_phdr(visit, &found);
-  return found;
-}
-#endif
 
 // ---- blocks ----------------------------------------------------------------------------------------------------
 
-Block::Block(uint32_t worker) : first_stack(worker * MAX_THREADS) {
+Block::Block() {
   constexpr size_t BYTES = (MAX_SHARED_BYTES + SHARED_CANARY_BYTES + 1023) / 1024 * 1024;
   void* memory = mmap(nullptr, BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) die("no memory for shared memory");
@@ -127,7 +103,7 @@ static void poison_shared(Block& block) {
   allow_access(shared, MAX_SHARED_BYTES + SHARED_CANARY_BYTES);
   poison(shared, bytes + SHARED_CANARY_BYTES);
   forbid_access(shared + bytes, MAX_SHARED_BYTES + SHARED_CANARY_BYTES - bytes);
-  poison(block.static_shared.begin, static_cast<size_t>(block.static_shared.end - block.static_shared.begin));
+  poison(__start_emulator_shared, static_cast<size_t>(__stop_emulator_shared - __start_emulator_shared));
 }
 
 static void check_shared_canary(const Block& block) {
@@ -166,31 +142,11 @@ static void enter(Block& block, const Launch& launch, const Options& options) {
   block.options = options;
   block.os_thread.adopt_os_thread();
   block.os_thread.stack_bottom = nullptr;
-  block.static_shared = find_static_shared();
   block.block_dim = launch.block;
   block.grid_dim = launch.grid;
   block.dynamic_shared_bytes = launch.shared_bytes;
   block.early = options.asynchrony == Asynchrony::EARLY;
   shape(block, launch.block);
-}
-
-static void run_blocks(Block& block, const Launch& launch, const Options& options, std::atomic<uint64_t>& next) {
-  enter(block, launch, options);
-  uint64_t num_blocks = uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z;
-  for (uint64_t i; (i = next++) < num_blocks;) {
-    uint64_t at = block_at(options, i, num_blocks);
-    block.random = options.seed * 0x9e3779b97f4a7c15ull + at;
-    uint64_t x = at % launch.grid.x, y = at / launch.grid.x % launch.grid.y;
-    uint64_t z = at / (uint64_t{launch.grid.x} * launch.grid.y);
-    run_block(block, uint3{static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)});
-  }
-  check_stacks(block);
-}
-
-static Block& block_of_worker(uint32_t worker) {
-  static std::unique_ptr<Block> blocks[MAX_OS_THREADS];
-  if (blocks[worker] == nullptr) blocks[worker] = std::make_unique<Block>(worker);
-  return *blocks[worker];
 }
 
 static void check_launch(const Launch& launch) {
@@ -203,20 +159,20 @@ static void check_launch(const Launch& launch) {
 }
 
 void launch(const Launch& launch, const Options& options) {
+  static Block block;
   check_launch(launch);
   create_stack_arena();
   FaultHandler handler;
-  std::atomic<uint64_t> next{0};
+  enter(block, launch, options);
   uint64_t num_blocks = uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z;
-  uint64_t wanted = std::min<uint64_t>(std::max(1u, options.os_threads), num_blocks);
-  uint32_t num_workers = static_cast<uint32_t>(std::min<uint64_t>(wanted, MAX_OS_THREADS));
-  std::vector<std::thread> workers;
-  for (uint32_t worker = 1; worker < num_workers; worker++) {
-    Block& block = block_of_worker(worker);
-    workers.emplace_back([&] { run_blocks(block, launch, options, next); });
+  for (uint64_t i = 0; i < num_blocks; i++) {
+    uint64_t at = block_at(options, i, num_blocks);
+    block.random = options.seed * 0x9e3779b97f4a7c15ull + at;
+    uint64_t x = at % launch.grid.x, y = at / launch.grid.x % launch.grid.y;
+    uint64_t z = at / (uint64_t{launch.grid.x} * launch.grid.y);
+    run_block(block, uint3{static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)});
   }
-  run_blocks(block_of_worker(0), launch, options, next);
-  for (std::thread& worker : workers) worker.join();
+  check_stacks(block);
 }
 
 }  // namespace emulator

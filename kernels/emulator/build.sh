@@ -17,7 +17,7 @@ jobs=${JOBS:-$(nproc)}
 emulator_sources=(fibers meetings blocks reports asynchronous warp_operations tensor_core)
 driver_sources=(fake_device fake_memory fake_streams fake_launch)
 
-common=(-std=c++17 -O2 -g1 -march=native -mtls-dialect=gnu2 -fPIC -fvisibility=hidden -Wall -Wextra -DEMULATOR
+common=(-std=c++17 -O2 -g1 -march=native -fPIC -fvisibility=hidden -Wall -Wextra -DEMULATOR
   "-I$kernels" "-I$here")
 # Kernels round each product and sum as written; in the emulator products of bf16 are exact, so fusing changes nothing.
 kernel_flags=(-ffp-contract=off -fno-strict-aliasing
@@ -32,6 +32,7 @@ select_variant() {
     address)
       defines=(-DEMULATOR_ASAN)
       sanitize=(-fsanitize=address -fsanitize-sections=emulator_shared)
+      plain=(-include "$here/plain_memory.h")
       link=(-fsanitize=address)
       ;;
     thread)

@@ -31,12 +31,8 @@
 #define __forceinline__ inline
 #define __noinline__ __attribute__((noinline))
 #define __align__(bytes) __attribute__((aligned(bytes)))
-#if defined(EMULATOR_ASAN) || defined(EMULATOR_TSAN)
-// A plain static, which AddressSanitizer surrounds with red zones (-fsanitize-sections); blocks run on one OS thread.
+// A plain static: one block runs at a time. AddressSanitizer surrounds it with red zones (-fsanitize-sections).
 #define __shared__ static __attribute__((section("emulator_shared")))
-#else
-#define __shared__ static thread_local
-#endif
 
 #define DEVICE inline
 #define KERNEL(threads, name)                            \

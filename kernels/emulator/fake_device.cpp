@@ -1,6 +1,4 @@
 // The device, its context, and what it says of itself.
-#include <pthread.h>
-
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -40,7 +38,6 @@ static emulator::Options read_options() {
     emulator::die("FAKE_CUDA_ASYNC: %s is neither late nor early", async);
   }
   options.asynchrony = strcmp(async, "early") == 0 ? emulator::Asynchrony::EARLY : emulator::Asynchrony::LATE;
-  options.os_threads = static_cast<uint32_t>(number_setting("FAKE_CUDA_THREADS", 1));
   return options;
 }
 
@@ -87,23 +84,14 @@ std::recursive_mutex& state_mutex() {
   return mutex;
 }
 
-// Not a thread_local object: those are the emulator's __shared__ memory.
-static pthread_key_t context_key() {
-  static const pthread_key_t key = [] {
-    pthread_key_t created;
-    pthread_key_create(&created, nullptr);
-    return created;
-  }();
-  return key;
-}
-
+static thread_local void* current_context;
 static char primary_context;
 static std::atomic<uint64_t> num_launches;
 
 static bool has_failed() { return device().fail_after != 0 && num_launches >= device().fail_after; }
 
 Result context_status() {
-  if (pthread_getspecific(context_key()) == nullptr) return INVALID_CONTEXT;
+  if (current_context == nullptr) return INVALID_CONTEXT;
   return has_failed() ? ILLEGAL_ADDRESS : SUCCESS;
 }
 
@@ -255,11 +243,11 @@ DRIVER_API cuDevicePrimaryCtxRetain(void** context, int) {
 }
 DRIVER_API cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
 DRIVER_API cuCtxGetCurrent(void** context) {
-  *context = pthread_getspecific(context_key());
+  *context = current_context;
   return SUCCESS;
 }
 DRIVER_API cuCtxSetCurrent(void* context) {
-  pthread_setspecific(context_key(), context);
+  current_context = context;
   return SUCCESS;
 }
 DRIVER_API cuCtxGetDevice(int* found) {

@@ -13,7 +13,6 @@
 //   FAKE_CUDA_MEMORY_MIB=2048
 //   FAKE_CUDA_SCHEDULE=forward       or backward, or a number that seeds a random schedule
 //   FAKE_CUDA_ASYNC=late             or early: when copies, wgmma and the work of streams take effect
-//   FAKE_CUDA_THREADS=1              OS threads that share the blocks of a launch
 //   FAKE_CUDA_FAIL_AFTER=N           launch N, from 1 (a graph's is one), and all that follows fails with
 //                                    CUDA_ERROR_ILLEGAL_ADDRESS
 //

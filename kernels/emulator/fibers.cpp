@@ -23,7 +23,7 @@ constexpr int SAVED_REGISTERS = 6;
 namespace emulator {
 
 char* stack_arena;
-ThreadPlace* stack_owners[NUM_STACKS];
+ThreadPlace* stack_owners[MAX_THREADS];
 
 constexpr uint64_t STACK_CANARY = 0x57494e44524f5345;
 // ThreadSanitizer takes two threads that use one stack after the other for a race.
@@ -40,7 +40,7 @@ constexpr bool SHARE_STACKS = true;
 void create_stack_arena() {
   if (stack_arena != nullptr) return;
   constexpr int FLAGS = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-  void* memory = mmap(nullptr, NUM_STACKS * STACK_BYTES, PROT_READ | PROT_WRITE, FLAGS, -1, 0);
+  void* memory = mmap(nullptr, MAX_THREADS * STACK_BYTES, PROT_READ | PROT_WRITE, FLAGS, -1, 0);
   if (memory == MAP_FAILED) die("no memory for the stacks of threads");
   stack_arena = static_cast<char*>(memory);
 }
@@ -58,7 +58,7 @@ static uint32_t take_stack(Block& block, const Thread& thread) {
     block.free_stacks.pop_back();
     return stack;
   }
-  uint32_t stack = block.first_stack + block.num_stacks++;
+  uint32_t stack = block.num_stacks++;
   memcpy(bottom_of(stack), &STACK_CANARY, sizeof STACK_CANARY);
   return stack;
 }
@@ -92,7 +92,7 @@ static void begin(Block& block, Thread& thread) {
 // Once per launch: the canaries lie at one power of two apart, and so on few lines of the cache.
 void check_stacks(const Block& block) {
   for (uint32_t i = 0; i < block.num_stacks; i++) {
-    const char* bottom = bottom_of(block.first_stack + i);
+    const char* bottom = bottom_of(i);
     if (memcmp(bottom, &STACK_CANARY, sizeof STACK_CANARY) != 0) die_after(block, "a thread overflowed its stack");
   }
 }

@@ -1,4 +1,4 @@
-// Runs the blocks of a kernel on the CPU: each CUDA thread is a fiber, and one block runs at a time on an OS thread.
+// Runs the blocks of a kernel on the CPU: each CUDA thread is a fiber, and one block runs at a time.
 //
 // A fiber runs until it must wait: at a barrier, in an operation of its warp, for an mbarrier. The schedule then picks
 // the next one, first in the same warp, so that a warp runs as far ahead of the others as it can: the schedules that
@@ -54,7 +54,6 @@ struct Options {
   Order order = Order::FORWARD;
   uint64_t seed = 0;
   Asynchrony asynchrony = Asynchrony::LATE;
-  uint32_t os_threads = 1;
 };
 
 struct Launch {
@@ -92,10 +91,8 @@ struct ThreadPlace {
 // All stacks lie side by side, and the stack pointer tells which one the code is on: much cheaper than a thread_local
 // object in a library.
 constexpr size_t STACK_BYTES = SANITIZED ? 256 << 10 : 64 << 10;  // frames grow red zones under the sanitizers
-constexpr uint32_t MAX_OS_THREADS = SANITIZED ? 1 : 16;
-constexpr size_t NUM_STACKS = size_t{MAX_OS_THREADS} * MAX_THREADS;
 extern char* stack_arena;
-extern ThreadPlace* stack_owners[NUM_STACKS];
+extern ThreadPlace* stack_owners[MAX_THREADS];
 
 inline size_t current_stack() {
 #if defined(__x86_64__)

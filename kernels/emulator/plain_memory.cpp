@@ -1,4 +1,4 @@
-// The functions of plain_memory.h, byte by byte: ThreadSanitizer costs more than they do. Compiled so that their loops
+// The functions of plain_memory.h, byte by byte: the sanitizers cost more than they do. Compiled so that their loops
 // do not become calls of themselves.
 #include <cstddef>
 
