@@ -108,8 +108,7 @@ def main():
             headers[os.path.basename(path).encode()] = header.read()
 
     table, complaints, started, total_bytes = {}, [], time.monotonic(), 0
-    # tests/gpu has a kernel of its own, which measures what the others are compared with.
-    for path in sorted(glob.glob(f"{kernels_dir}/*.cu") + glob.glob(f"{kernels_dir}/../tests/gpu/*.cu")):
+    for path in sorted(glob.glob(f"{kernels_dir}/*.cu")):
         name = os.path.splitext(os.path.basename(path))[0]
         for target in TARGETS:
             cubin, log = compile_kernel(nvrtc, path, headers, target)

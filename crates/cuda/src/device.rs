@@ -157,6 +157,17 @@ impl Device {
         result.map_err(|error| self.error = Some(error)).ok()
     }
 
+    /// Seconds that the work of `launch` takes on the device.
+    pub(crate) fn seconds(&mut self, launch: impl FnOnce(&mut Self)) -> Option<f64> {
+        let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
+        let stream = self.stream.clone();
+        let start = self.call(|| stream.record_event(flags))?;
+        launch(self);
+        let end = self.call(|| stream.record_event(flags))?;
+        let elapsed_ms = self.call(|| start.elapsed_ms(&end))?;
+        Some(f64::from(elapsed_ms) / 1e3)
+    }
+
     /// Waits for all work.
     pub(crate) fn synchronize(&mut self) {
         let result = self.stream.synchronize();
@@ -218,14 +229,8 @@ fn load_kernels(
     let mut loaded = HashMap::new();
     for (file, names) in kernels::files(info.capability.has_wgmma()) {
         let target = info.capability.target();
-        let cubin = target.and_then(|target| kernels::embedded_cubin(file, target)).ok_or_else(|| {
-            let generation = format!("{}.{}", info.capability.major, info.capability.minor);
-            BackendError::Unsupported(format!(
-                "{} (compute capability {generation}): this binary was built without kernels for it; run \
-                 kernels/check.py before cargo build",
-                info.name
-            ))
-        })?;
+        let cubin =
+            target.and_then(|target| kernels::embedded_cubin(file, target)).expect("probing looked for it");
         let module = context.load_module(Ptx::from_binary(cubin.to_vec())).map_err(failed)?;
         for name in names {
             let function = module.load_function(name).map_err(failed)?;

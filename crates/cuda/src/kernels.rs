@@ -81,6 +81,7 @@ pub(crate) fn files(has_wgmma: bool) -> Vec<(&'static str, Vec<&'static str>)> {
         ("greedy", vec!["greedy"]),
         (grouped_gemm, tiles(has_wgmma).iter().flat_map(|tile| tile.kernels).collect()),
         ("place_weights", vec!["place_rows", "place_dummy"]),
+        ("read_sweep", vec!["read_sweep"]),
         ("rms_norm", vec!["rms_norm", "add_rms_norm"]),
         ("rope_store_kv", vec!["rope_store_kv"]),
         ("route", vec!["route"]),
@@ -91,6 +92,11 @@ pub(crate) fn files(has_wgmma: bool) -> Vec<(&'static str, Vec<&'static str>)> {
 pub(crate) fn embedded_cubin(file: &str, target: &str) -> Option<&'static [u8]> {
     let name = format!("{file}.{target}");
     embedded::CUBINS.iter().find(|(cubin, _)| *cubin == name).map(|&(_, image)| image)
+}
+
+/// Whether this binary has all kernels for a target.
+pub(crate) fn are_embedded(target: &str, has_wgmma: bool) -> bool {
+    files(has_wgmma).iter().all(|(file, _)| embedded_cubin(file, target).is_some())
 }
 
 /// Something that a kernel takes by value.

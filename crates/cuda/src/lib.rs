@@ -30,9 +30,11 @@ use crate::step::StepBuffers;
 use crate::tensor::{element_bytes, stride};
 use crate::weights::Uploader;
 
-pub use crate::probe::{Capability, DeviceInfo, NoDevice, probe};
+pub use crate::probe::{Capability, DeviceInfo, NoDevice, probe, probe_or_skip};
 pub use crate::tensor::{Experts, KvCache, Matrix, Rope, Routing, Tensor, Vector};
 
+/// Features of the widest head that attention is compiled for.
+const MAX_HEAD: usize = 128;
 /// Most experts and most experts per token that `route.cu` and `combine_experts.cu` have shared memory for.
 const MAX_EXPERTS: usize = 256;
 const MAX_TOP_K: usize = 64;
@@ -40,6 +42,8 @@ const MAX_TOP_K: usize = 64;
 const MAX_OFFSETS: usize = 1 << 16;
 /// What `greedy.cu` writes for a row that no token can be taken of.
 const NO_TOKEN: u32 = u32::MAX;
+/// Sweeps over memory, of which the fastest counts.
+const SWEEPS: usize = 5;
 /// A window that no context reaches.
 const NO_WINDOW: u32 = 1 << 30;
 
@@ -105,7 +109,10 @@ impl Cuda {
     /// Opens a device.
     ///
     /// # Errors
-    /// [`BackendError::Unsupported`] if this binary has no kernels for it, [`BackendError::Device`] if it fails.
+    /// [`BackendError::Device`] if it fails.
+    ///
+    /// # Panics
+    /// If `info` did not come from [`probe`].
     pub fn new(info: DeviceInfo) -> Result<Self, BackendError> {
         let mut device = Device::open(&info)?;
         let offsets = device.allocate("offsets of experts", MAX_OFFSETS * size_of::<u32>())?;
@@ -127,12 +134,36 @@ impl Cuda {
         })
     }
 
+    /// Memory that the backend takes beside its handles, for steps of `max_tokens` tokens.
+    pub fn scratch_bytes(max_tokens: usize, hidden: usize, route: RouteShape) -> u64 {
+        let row_bytes = stride(hidden) * (element_bytes(DType::Bf16) + element_bytes(DType::F32));
+        let partials = MAX_PARTIALS * (MAX_HEAD + 2) * size_of::<f32>();
+        (max_tokens * route.top_k * row_bytes + partials + weights::STAGING_BYTES) as u64
+    }
+
     /// Memory of the device that nothing has taken yet.
     ///
     /// # Errors
     /// If the device failed.
     pub fn free_bytes(&self) -> Result<u64, BackendError> {
         self.device.free_bytes()
+    }
+
+    /// Bytes per second that the device reads, the best of a few sweeps over `num_bytes` of memory.
+    ///
+    /// # Errors
+    /// If there is not so much memory, or the device failed.
+    pub fn read_bandwidth(&mut self, num_bytes: usize) -> Result<f64, BackendError> {
+        let memory = self.device.allocate("memory to be read", num_bytes)?;
+        let blocks = 8 * self.device.num_multiprocessors as usize;
+        let sums = self.device.allocate("sums of what was read", blocks * size_of::<f32>())?;
+        let quads = (num_bytes / 16) as i64;
+        let sweep = |device: &mut Device| {
+            device.launch("read_sweep", Grid::new(blocks, 256), &[&memory.address, &quads, &sums.address]);
+        };
+        let seconds: Vec<f64> = (0..SWEEPS).map_while(|_| self.device.seconds(sweep)).collect();
+        self.device.check()?;
+        Ok(num_bytes as f64 / seconds.into_iter().fold(f64::INFINITY, f64::min))
     }
 
     fn norm_shape(weight: &Vector, x: &Tensor, out: &Tensor, eps: f32) -> (NormShape, u32) {

@@ -6,6 +6,8 @@
 use cudarc::driver::{result, sys};
 use thiserror::Error;
 
+use crate::kernels;
+
 /// What the newest function that we call needs.
 const MIN_DRIVER_VERSION: i32 = 12_080;
 /// The oldest compute capability that the kernels compile for.
@@ -78,6 +80,17 @@ pub enum NoDevice {
         /// Its generation.
         capability: Capability,
     },
+    /// A GPU for which nothing was compiled.
+    #[error(
+        "this binary was built without kernels for {name} (compute capability {}.{}); to have them, run kernels/check.py \
+         before cargo build", capability.major, capability.minor
+    )]
+    NoKernels {
+        /// The device's name.
+        name: String,
+        /// Its generation.
+        capability: Capability,
+    },
 }
 
 /// The first GPU.
@@ -102,7 +115,27 @@ pub fn probe() -> Result<DeviceInfo, NoDevice> {
     if info.capability < MIN_CAPABILITY {
         return Err(NoDevice::OldDevice { name: info.name, capability: info.capability });
     }
+    let has_kernels = |target| kernels::are_embedded(target, info.capability.has_wgmma());
+    if !info.capability.target().is_some_and(has_kernels) {
+        return Err(NoDevice::NoKernels { name: info.name, capability: info.capability });
+    }
     Ok(info)
+}
+
+/// The device for a test, which is told why there is none.
+///
+/// # Panics
+/// If the fake driver was asked for and is not there: a suite that runs nowhere must not pass.
+pub fn probe_or_skip() -> Option<DeviceInfo> {
+    match probe() {
+        Ok(info) => Some(info),
+        Err(reason) => {
+            let wanted = std::env::var_os("FAKE_CUDA_CAPABILITY").is_some();
+            assert!(!wanted, "the fake driver was asked for: {reason}");
+            println!("skipped: {reason}");
+            None
+        }
+    }
 }
 
 fn driver_version() -> Result<i32, result::DriverError> {

@@ -10,6 +10,8 @@ use crate::tensor::{Matrix, stride};
 
 /// Elements of a staging buffer: 16 MiB.
 const STAGING_ELEMENTS: usize = 8 << 20;
+/// Of both staging buffers.
+pub(crate) const STAGING_BYTES: usize = 2 * STAGING_ELEMENTS * size_of::<bf16>();
 /// Rows of gate, then rows of up, that lie side by side.
 const INTERLEAVE: usize = 8;
 const PLACE_THREADS: u32 = 256;

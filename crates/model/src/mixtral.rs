@@ -179,3 +179,15 @@ impl<B: Backend> Workspace<B> {
         })
     }
 }
+
+/// Bytes of the tensors of a [`Workspace`].
+pub(crate) fn workspace_bytes(config: &ModelConfig, tokens: usize, logits: usize) -> u64 {
+    const BF16_BYTES: usize = 2;
+    const F32_BYTES: usize = 4;
+    let (hidden, attention) = (config.hidden_size, &config.attention);
+    let q = attention.q_features();
+    let token = F32_BYTES * (2 * hidden + attention.qkv_features())
+        + BF16_BYTES * (hidden + 2 * q + config.route.top_k * config.ffn_size);
+    let logit = F32_BYTES * (hidden + config.vocab_size) + BF16_BYTES * q;
+    (tokens * token + logits * logit) as u64
+}

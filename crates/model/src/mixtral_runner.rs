@@ -2,7 +2,7 @@
 
 use backend::{Backend, BackendError, Batch, SampleRow};
 
-use crate::mixtral::{Mixtral, Workspace};
+use crate::mixtral::{Mixtral, Workspace, workspace_bytes};
 use crate::weights::Weights;
 use crate::{ModelConfig, ModelError, ModelFiles, ModelRunner, RunnerLimits, StepOutput};
 
@@ -19,6 +19,13 @@ pub struct RunnerOptions {
     pub block_size: usize,
     /// Cache blocks, the padding block included.
     pub num_blocks: usize,
+}
+
+impl RunnerOptions {
+    /// Bytes of everything that a step writes, beside the cache and what a backend needs for itself.
+    pub fn workspace_bytes(&self, config: &ModelConfig) -> u64 {
+        workspace_bytes(config, self.max_num_batched_tokens, self.max_num_seqs)
+    }
 }
 
 /// Where the weights come from.

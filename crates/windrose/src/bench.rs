@@ -19,14 +19,16 @@ use std::thread::available_parallelism;
 
 use anyhow::{Context, Result};
 use clap::{ArgMatches, Command};
-use cpu::{Cpu, CpuOptions, Isa};
+use cpu::{Cpu, CpuOptions};
+use cuda::Cuda;
 use model::ModelSummary;
 
 use crate::bench::cost::Cost;
-use crate::bench::limits::Limits;
+use crate::bench::limits::Machine;
 use crate::bench::plan::Plan;
 use crate::bench::report::{Measurement, Memory, Phase, Report, Row};
 use crate::bench::sequences::Sequences;
+use crate::device::Device;
 use crate::load::Model;
 use crate::memory;
 use crate::progress::Progress;
@@ -65,13 +67,17 @@ fn measure(plan: &Plan, settings: &Settings) -> Result<Report> {
         .load(settings)
         .with_context(|| format!("cannot measure sequences of {} tokens", settings.max_model_len))?;
     let mut sequences = Sequences::new(runner, Cost::new(&model.config, model.weights.bits()), plan)?;
-    // The model's own team belongs to its runner; this one has as many threads, and sleeps while that one works.
     let options = model.cpu_options(settings);
     let num_threads = options.num_threads.unwrap_or_else(|| available_parallelism().map_or(1, usize::from));
-    let mut cpu = Cpu::new(CpuOptions { num_threads: Some(num_threads), ..options });
-    let limits_before = Limits::measure(&mut cpu)?;
+    let mut machine = match &model.device {
+        Device::Cpu => {
+            Machine::Cpu(Box::new(Cpu::new(CpuOptions { num_threads: Some(num_threads), ..options })))
+        }
+        Device::Cuda(info) => Machine::Gpu(Box::new(Cuda::new(info.clone())?)),
+    };
+    let limits_before = machine.limits()?;
     let measurements = measure_all(plan, &mut sequences)?;
-    let limits_after = Limits::measure(&mut cpu)?;
+    let limits_after = machine.limits()?;
     let limits = limits_before.max(limits_after);
     let memory = Memory {
         resident_bytes: memory::resident_bytes(),
@@ -82,7 +88,7 @@ fn measure(plan: &Plan, settings: &Settings) -> Result<Report> {
         version: env!("CARGO_PKG_VERSION"),
         model: model.name.clone(),
         dummy_weights: settings.dummy_seed()?,
-        isa: Isa::detect().name(),
+        kernels: model.device.kernels(),
         num_threads,
         output_len: plan.output_len,
         repetitions: plan.repetitions,

@@ -2,7 +2,7 @@
 //! equal requests may answer differently.
 
 use anyhow::Result;
-use cpu::{ImageKey, Isa};
+use cpu::ImageKey;
 use model::{ModelFiles, mix64};
 
 use crate::load::Model;
@@ -21,15 +21,15 @@ const TEXT_FILES: [&str; 5] = [
 const NUM_SAMPLES: usize = 256;
 const SAMPLE_BYTES: usize = 64;
 
-/// Hashes the program's version, the instruction set, what the model's text files or its GGUF file's header say, and
+/// Hashes the program's version, the kernels, what the model's text files or its GGUF file's header say, and
 /// the format and a sample of its weights.
 pub(crate) fn of(model: &Model, settings: &Settings) -> Result<String> {
     let mut hash = Hash(0);
     hash.add(env!("CARGO_PKG_VERSION").as_bytes());
     hash.add(
         format!(
-            "{:?} {} {} {}",
-            Isa::detect(),
+            "{} {} {} {}",
+            model.device.kernels(),
             settings.dummy_weights,
             model.weights.name(),
             model.kv_cache.name()

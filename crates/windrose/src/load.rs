@@ -3,14 +3,17 @@
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
+use backend::Backend;
 use cpu::{Cpu, CpuOptions, KvFormat, WeightFormat};
+use cuda::Cuda;
 use model::{
     MixtralRunner, ModelConfig, ModelFiles, ModelRunner, ModelSummary, RunnerOptions, WeightSource,
     WeightType,
 };
 use tracing::info;
 
+use crate::device::{self, Device};
 use crate::inspect::bytes;
 use crate::memory;
 use crate::packed_file::PackedFile;
@@ -19,14 +22,14 @@ use crate::settings::Settings;
 
 /// The demo model's name for clients.
 const DEMO_NAME: &str = "windrose-demo";
-/// The share of the available memory that an automatically sized cache takes at most.
-const AUTOMATIC_CACHE_SHARE: u64 = 4;
 
 /// A model's files and what they describe.
 pub(crate) struct Model {
     pub(crate) name: String,
     pub(crate) files: ModelFiles,
     pub(crate) config: ModelConfig,
+    /// What will run it.
+    pub(crate) device: Device,
     /// The format in which its weights will be kept.
     pub(crate) weights: WeightFormat,
     /// The format of its keys and values.
@@ -47,23 +50,51 @@ impl Model {
         let config = ModelConfig::load(&files)?;
         let named = !settings.served_model_name.is_empty();
         let name = if named { settings.served_model_name.clone() } else { default_name };
-        let weights = weight_format(settings, &files, &config)?;
-        let kv_cache = kv_format(settings)?;
-        Ok(Self { name, files, config, weights, kv_cache })
+        let device = Device::choose(settings, &ModelSummary::new(&config))?;
+        let (weights, kv_cache) = match &device {
+            Device::Cpu => (weight_format(settings, &files, &config)?, kv_format(settings)?),
+            Device::Cuda(_) => (WeightFormat::Bf16, KvFormat::Bf16),
+        };
+        Ok(Self { name, files, config, device, weights, kv_cache })
     }
 
-    /// Loads the weights onto the backend that the settings choose.
+    /// Loads the weights onto the device.
     pub(crate) fn load(&self, settings: &Settings) -> Result<Box<dyn ModelRunner>> {
-        if !matches!(settings.device.as_str(), "auto" | "cpu") {
-            bail!("device is \"{}\", and this build runs on \"cpu\" (or \"auto\")", settings.device);
+        let options = self.runner_options(settings)?;
+        match &self.device {
+            Device::Cpu => self.load_on_cpu(settings, options),
+            Device::Cuda(info) => {
+                let backend = Cuda::new(info.clone())?;
+                let free = backend.free_bytes()?;
+                let granted = || device::gpu_cache_bytes(settings, info, free, &self.config, &options);
+                let num_blocks = 1 + self.num_cache_blocks(settings, &options, granted)?;
+                self.load_on(backend, settings, RunnerOptions { num_blocks, ..options })
+            }
         }
+    }
+
+    fn load_on_cpu(&self, settings: &Settings, options: RunnerOptions) -> Result<Box<dyn ModelRunner>> {
+        let num_blocks = 1 + self.num_cache_blocks(settings, &options, || Ok(device::cpu_cache_bytes()))?;
+        let options = RunnerOptions { num_blocks, ..options };
         let mut backend = Cpu::new(self.cpu_options(settings));
         let file = PackedFile::of(self, settings)?;
         let to_be_written = match file {
             Some(file) if !file.use_in(&mut backend) => Some((file, backend.record())),
             _ => None,
         };
-        let options = self.runner_options(settings)?;
+        let runner = self.load_on(backend, settings, options)?;
+        if let Some((file, matrices)) = to_be_written {
+            file.write(matrices.try_iter());
+        }
+        Ok(runner)
+    }
+
+    fn load_on<B: Backend>(
+        &self,
+        backend: B,
+        settings: &Settings,
+        options: RunnerOptions,
+    ) -> Result<Box<dyn ModelRunner>> {
         let source = match settings.dummy_seed()? {
             Some(seed) => WeightSource::Dummy { seed },
             None => WeightSource::Checkpoint,
@@ -87,9 +118,6 @@ impl Model {
             backend = runner.describe_backend(),
             "loaded"
         );
-        if let Some((file, matrices)) = to_be_written {
-            file.write(matrices.try_iter());
-        }
         Ok(Box::new(runner))
     }
 
@@ -104,7 +132,7 @@ impl Model {
         token_bytes(&ModelSummary::new(&self.config), &self.config, self.kv_cache)
     }
 
-    /// The runner's limits; the cache's share of memory is decided here.
+    /// The runner's limits, without a cache.
     fn runner_options(&self, settings: &Settings) -> Result<RunnerOptions> {
         let trained_len = self.config.max_position_embeddings;
         let max_model_len = if settings.max_model_len == 0 { trained_len } else { settings.max_model_len };
@@ -125,24 +153,27 @@ impl Model {
             settings.max_num_batched_tokens,
             settings.max_num_seqs
         );
-        let mut options = RunnerOptions {
+        Ok(RunnerOptions {
             max_model_len,
             max_num_batched_tokens: settings.max_num_batched_tokens,
             max_num_seqs: settings.max_num_seqs,
             block_size: settings.block_size,
             num_blocks: 0,
-        };
-        options.num_blocks = 1 + self.num_cache_blocks(settings, &options)?;
-        Ok(options)
+        })
     }
 
-    /// Blocks beside the padding block.
-    fn num_cache_blocks(&self, settings: &Settings, options: &RunnerOptions) -> Result<usize> {
+    /// Blocks beside the padding block; `automatic_bytes` is what they may take if no setting says so.
+    fn num_cache_blocks(
+        &self,
+        settings: &Settings,
+        options: &RunnerOptions,
+        automatic_bytes: impl FnOnce() -> Result<u64>,
+    ) -> Result<usize> {
         let block_bytes = self.token_bytes() * options.block_size as u64;
         let blocks_per_sequence = options.max_model_len.div_ceil(options.block_size);
         let wanted = blocks_per_sequence * options.max_num_seqs;
         let granted_bytes = match settings.kv_cache_mib {
-            0 => memory::available_bytes() / AUTOMATIC_CACHE_SHARE,
+            0 => automatic_bytes()?,
             mib => (mib as u64) << 20,
         };
         let granted = usize::try_from(granted_bytes / block_bytes).context("kv_cache_mib is too large")?;

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod device;
 mod fingerprint;
 mod generate;
 mod inspect;
@@ -100,7 +101,7 @@ fn run(matches: &ArgMatches) -> Result<()> {
         _ => {
             settings.model = model_path(arguments, &settings);
             let model = Model::find(&settings)?;
-            print!("{}", inspect::page(&model, memory::available_bytes()));
+            print!("{}", inspect::page(&model, model.device.available_bytes()));
             Ok(())
         }
     }

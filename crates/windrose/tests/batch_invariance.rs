@@ -1,5 +1,5 @@
 //! A sequence's tokens and log-probabilities do not depend on its company, bit for bit: alone = batched = chunked =
-//! prefix hit = preempted, on every instruction set of the CPU backend and on the reference.
+//! prefix hit = preempted, on every instruction set of the CPU backend, on a GPU if there is one, and on the reference.
 //!
 //! Every case runs a real model through the real engine twice: each request alone in a large pool without a prefix
 //! cache, then all together in a pool so small that sequences are preempted and prompts are cut into chunks.
@@ -12,6 +12,7 @@ use std::time::Instant;
 use backend::sampling::mix64;
 use backend::{Backend, Reference};
 use cpu::{Cpu, CpuOptions, Isa, KvFormat, WeightFormat};
+use cuda::Cuda;
 use engine::{Engine, EngineConfig, Event, EventSink, FinishReason, Request, SinkClosed};
 use model::{MixtralRunner, ModelConfig, ModelFiles, RunnerOptions, SampleParams, WeightSource};
 
@@ -157,4 +158,11 @@ fn every_instruction_set_of_the_cpu_is_batch_invariant() {
 #[test]
 fn the_reference_is_batch_invariant() {
     check(Reference::new);
+}
+
+#[test]
+fn the_gpu_is_batch_invariant() {
+    if let Some(info) = cuda::probe_or_skip() {
+        check(|| Cuda::new(info.clone()).expect("the device opens"));
+    }
 }

@@ -20,7 +20,7 @@ fn assert_positive(row: &Value, figures: &[impl AsRef<str>]) {
 
 #[test]
 fn every_figure_of_the_model_is_positive() {
-    let arguments = "bench --threads 2 --prompt-len 8,40 --output-len 3 --num-seqs 1,3 --repetitions 2 \
+    let arguments = "bench --device cpu --threads 2 --prompt-len 8,40 --output-len 3 --num-seqs 1,3 --repetitions 2 \
                      --max-num-batched-tokens 16 --json -";
     let output = windrose(arguments).output().unwrap();
     let log = String::from_utf8_lossy(&output.stderr);

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use backend::{Backend, Batch, Reference, SampleParams, SampleRow};
 use cpu::{Cpu, CpuOptions, Isa};
+use cuda::Cuda;
 use model::{MixtralRunner, ModelConfig, ModelFiles, ModelRunner, RunnerOptions, WeightSource};
 use safetensors::SafeTensors;
 
@@ -212,6 +213,16 @@ fn tiny_models_of_every_shape_match_on_the_cpu() {
 }
 
 #[test]
+fn tiny_models_of_every_shape_match_on_the_gpu() {
+    if let Some(info) = cuda::probe_or_skip() {
+        for name in TINY_MODELS {
+            let backend = Cuda::new(info.clone()).expect("the device opens");
+            check(name, backend, &ModelFiles::open(&fixture(name)).unwrap(), TINY_TOLERANCE);
+        }
+    }
+}
+
+#[test]
 fn tiny_models_in_gguf_match_on_both() {
     for (name, file) in GGUF_MODELS {
         let files = ModelFiles::open(&fixture("gguf").join(file)).unwrap();
@@ -232,6 +243,14 @@ fn gguf_describes_the_same_models() {
         let ours = ModelConfig::load(&ModelFiles::open(&fixture("gguf").join(file)).unwrap()).unwrap();
         let expected = ModelConfig::load(&ModelFiles::open(&fixture(name)).unwrap()).unwrap();
         assert_eq!(ModelConfig { eos_token_ids: expected.eos_token_ids.clone(), ..ours }, expected, "{name}");
+    }
+}
+
+#[test]
+fn the_demo_model_matches_on_the_gpu() {
+    if let Some(info) = cuda::probe_or_skip() {
+        let backend = Cuda::new(info).expect("the device opens");
+        check("demo", backend, &ModelFiles::Embedded(demo::files()), DEMO_TOLERANCE);
     }
 }
 

@@ -33,7 +33,8 @@ pub(super) struct Report {
     pub(super) model: String,
     /// The seed, if the weights are random.
     pub(super) dummy_weights: Option<u64>,
-    pub(super) isa: &'static str,
+    /// The instruction set or the GPU architecture.
+    pub(super) kernels: &'static str,
     pub(super) num_threads: usize,
     pub(super) max_num_batched_tokens: usize,
     pub(super) output_len: usize,
@@ -69,8 +70,8 @@ pub(super) struct Row {
     /// The part of the limit that this is.
     read_share: f64,
     flop_per_s: f64,
-    /// The part of the limit that this is.
-    dot_share: f64,
+    /// The part of the limit that this is, where that was measured.
+    dot_share: Option<f64>,
 }
 
 impl Measurement {
@@ -102,7 +103,7 @@ impl Row {
             read_bytes_per_s,
             read_share: read_bytes_per_s / limits.read_bytes_per_s,
             flop_per_s,
-            dot_share: flop_per_s / limits.dot_flop_per_s,
+            dot_share: limits.dot_flop_per_s.map(|limit| flop_per_s / limit),
         }
     }
 
@@ -111,9 +112,10 @@ impl Row {
             Phase::Prefill => "prefill",
             Phase::Decode => "decode",
         };
+        let dot_share = self.dot_share.map_or("-".to_owned(), |share| format!("{:.0}%", 100.0 * share));
         let range = format!("{} to {}", rounded(self.tokens_per_s.min), rounded(self.tokens_per_s.max));
         format!(
-            "{phase:<8}{:>5}{:>9}{:>11}  {range:<19}{:>9}{:>8.2}{:>6.0}%{:>10.1}{:>6.0}%",
+            "{phase:<8}{:>5}{:>9}{:>11}  {range:<19}{:>9}{:>8.2}{:>6.0}%{:>10.1}{dot_share:>7}",
             self.num_seqs,
             self.context_len,
             rounded(self.tokens_per_s.median),
@@ -121,7 +123,6 @@ impl Row {
             self.read_bytes_per_s / 1e9,
             100.0 * self.read_share,
             self.flop_per_s / 1e9,
-            100.0 * self.dot_share,
         )
     }
 }
@@ -132,10 +133,13 @@ impl Report {
         let mut table = String::new();
         let dummy = self.dummy_weights.map_or(String::new(), |seed| format!(" with dummy weights {seed}"));
         let mut line = |text: String| writeln!(table, "{text}").expect("writing to a string");
-        line(format!("{}{dummy} on {}, {} threads", self.model, self.isa, self.num_threads));
+        line(format!("{}{dummy} on {}, {} threads", self.model, self.kernels, self.num_threads));
         for (when, limits) in [("before", self.limits_before), ("after", self.limits_after)] {
-            let (read, dot) = (limits.read_bytes_per_s / 1e9, limits.dot_flop_per_s / 1e9);
-            line(format!("limits {when:<7}{read:>7.2} GB/s read, {dot:.1} GFLOP/s in dot products"));
+            let read = limits.read_bytes_per_s / 1e9;
+            let dot = limits
+                .dot_flop_per_s
+                .map_or(String::new(), |dot| format!(", {:.1} GFLOP/s in dot products", dot / 1e9));
+            line(format!("limits {when:<7}{read:>7.2} GB/s read{dot}"));
         }
         let Memory { resident_bytes, weight_bytes, cache_bytes } = self.memory;
         let resident = resident_bytes.map_or("unknown".to_owned(), bytes);
@@ -178,11 +182,11 @@ mod tests {
         };
         let mut measurement = Measurement::new(Phase::Decode, 2, 64);
         measurement.samples.extend([work(1.0), work(0.5), work(2.0)]);
-        let limits = Limits { read_bytes_per_s: 2e9, dot_flop_per_s: 16e9 };
+        let limits = Limits { read_bytes_per_s: 2e9, dot_flop_per_s: Some(16e9) };
         let row = Row::new(&measurement, limits);
         assert_eq!(row.tokens_per_s, Spread { median: 20.0, min: 10.0, max: 40.0 });
         assert_eq!(row.step_ms, Spread { median: 100.0, min: 50.0, max: 200.0 });
-        assert_eq!((row.read_share, row.dot_share), (0.5, 0.25));
+        assert_eq!((row.read_share, row.dot_share), (0.5, Some(0.25)));
         assert!(row.line().starts_with("decode      2       64"), "{}", row.line());
     }
 }
