@@ -27,7 +27,8 @@ constexpr int TILE_KEYS = 64;
 constexpr int CHUNK_KEYS = 256;
 constexpr int NO_PARTIAL = -1;
 
-// A tile of queries and a run of chunks, as the host plans them.
+// A tile of queries and a run of chunks, as the host plans them; without tokens there is nothing to do, so that a
+// recorded launch may have more blocks than a step needs.
 struct AttentionItem {
   // First entry of the sequence's block table.
   int block_table_start;
@@ -312,6 +313,7 @@ DEVICE void attend(const bf16* q, const bf16* cache, const uint32_t* block_table
   constexpr int TILE = TILE_KEYS * HEAD;
   DYNAMIC_SHARED(bf16, shared);
   const AttentionItem item = items[blockIdx.x];
+  if (item.num_tokens == 0) return;
   const uint32_t* block_table = block_tables + item.block_table_start;
   int kv_head = blockIdx.y, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   int positions[2] = {query_row(item, shape.kv, kv_head, 16 * warp + lane / 4).position,
@@ -382,7 +384,8 @@ ATTENTION(32)
 ATTENTION(64)
 ATTENTION(128)
 
-// Partial results of one token: those of chunk c start at row `first_partial` + c · `chunk_rows`.
+// Partial results of one token: those of chunk c start at row `first_partial` + c · `chunk_rows`. Without chunks there is
+// no token.
 struct FoldItem {
   int token;
   int first_partial;
@@ -395,7 +398,7 @@ KERNEL(128, attention_fold)(const FoldItem* items, const Softmax* partial_softma
                             AttentionShape shape, bf16* out) {
   const FoldItem item = items[blockIdx.x];
   int head = blockIdx.y, feature = threadIdx.x;
-  if (feature >= shape.kv.head_dim) return;
+  if (item.num_chunks == 0 || feature >= shape.kv.head_dim) return;
   Softmax total = {-INFINITY, 0.0f};
   float output = 0.0f;
   for (int chunk = 0; chunk < item.num_chunks; chunk++) {

@@ -2,10 +2,14 @@
 //!
 //! A tile that walks all its keys needs no second pass; one tile per chunk keeps the whole device busy when there are few
 //! tiles. The kernels give the same bits either way (`kernels/attention.cu`), so this chooses by speed alone.
+//!
+//! The number of chunks grows with the context, and a recorded launch has a fixed number of blocks: split work is filled
+//! up to a power of two with items that have nothing to do.
 
 use std::ops::Range;
 
 use backend::Batch;
+use bytemuck::Zeroable;
 
 use crate::kernels::{AttentionItem, FoldItem};
 
@@ -66,6 +70,10 @@ impl Plan {
             } else {
                 self.items.push(item);
             }
+        }
+        if !self.folds.is_empty() {
+            self.items.resize(self.items.len().next_power_of_two(), AttentionItem::zeroed());
+            self.folds.resize(self.folds.len().next_power_of_two(), FoldItem::zeroed());
         }
     }
 
@@ -144,5 +152,12 @@ mod tests {
         assert_eq!(partials, [NO_PARTIAL, 0, 16, 32]);
         let fold = |token, first_partial| FoldItem { token, first_partial, chunk_rows: 16, num_chunks: 3 };
         assert_eq!(plan.folds, [fold(1, 0), fold(2, 8)]);
+    }
+
+    #[test]
+    fn split_work_is_filled_up_with_nothing_to_do() {
+        let plan = plan(&[(1, 600), (1, 300), (1, 300)], 100);
+        assert_eq!((plan.items.len(), plan.folds.len()), (8, 4));
+        assert_eq!((plan.items[7], plan.folds[3]), (AttentionItem::zeroed(), FoldItem::zeroed()));
     }
 }

@@ -7,7 +7,9 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use backend::BackendError;
-use cudarc::driver::{CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr, DriverError, result, sys};
+use cudarc::driver::{
+    CudaContext, CudaFunction, CudaGraph, CudaSlice, CudaStream, DevicePtr, DriverError, result, sys,
+};
 use cudarc::nvrtc::Ptx;
 
 use crate::kernels::{self, Argument};
@@ -166,6 +168,21 @@ impl Device {
         let end = self.call(|| stream.record_event(flags))?;
         let elapsed_ms = self.call(|| start.elapsed_ms(&end))?;
         Some(f64::from(elapsed_ms) / 1e3)
+    }
+
+    /// From here on launches are recorded instead of done.
+    pub(crate) fn begin_recording(&mut self) {
+        // The other threads of the process may go on using the driver.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        let stream = self.stream.clone();
+        self.call(|| stream.begin_capture(mode));
+    }
+
+    /// What was launched since `begin_recording`; `None` if that failed.
+    pub(crate) fn end_recording(&mut self) -> Option<CudaGraph> {
+        let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        let stream = self.stream.clone();
+        self.call(|| stream.end_capture(flags)).flatten()
     }
 
     /// Waits for all work.

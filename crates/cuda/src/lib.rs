@@ -8,6 +8,7 @@
 
 mod attention;
 mod device;
+mod graphs;
 mod kernels;
 mod probe;
 mod products;
@@ -24,6 +25,7 @@ use half::bf16;
 
 use crate::attention::{MAX_PARTIALS, Plan, PlanShape};
 use crate::device::{Buffer, Device, Grid};
+use crate::graphs::{Graphs, RecordedShape};
 use crate::kernels::{AttentionArguments, Epilogue, KvArguments, NormShape, RouteArguments, RoutingTables};
 use crate::products::{Rows, multiply};
 use crate::step::StepBuffers;
@@ -47,6 +49,19 @@ const SWEEPS: usize = 5;
 /// A window that no context reaches.
 const NO_WINDOW: u32 = 1 << 30;
 
+/// What the owner of the device decides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CudaOptions {
+    /// Whether steps that only decode are recorded as CUDA graphs and replayed. No bit depends on it.
+    pub graphs: bool,
+}
+
+impl Default for CudaOptions {
+    fn default() -> Self {
+        Self { graphs: true }
+    }
+}
+
 /// The CUDA backend.
 pub struct Cuda {
     info: DeviceInfo,
@@ -55,6 +70,8 @@ pub struct Cuda {
     step: StepBuffers,
     plan: Plan,
     plan_shape: Option<PlanShape>,
+    /// `None` if every step is launched kernel by kernel.
+    graphs: Option<Graphs>,
     partials: Option<Partials>,
     experts_scratch: ExpertsScratch,
     /// Of all layers, so that a step reads them at once.
@@ -113,7 +130,7 @@ impl Cuda {
     ///
     /// # Panics
     /// If `info` did not come from [`probe`].
-    pub fn new(info: DeviceInfo) -> Result<Self, BackendError> {
+    pub fn new(info: DeviceInfo, options: CudaOptions) -> Result<Self, BackendError> {
         let mut device = Device::open(&info)?;
         let offsets = device.allocate("offsets of experts", MAX_OFFSETS * size_of::<u32>())?;
         Ok(Self {
@@ -123,6 +140,7 @@ impl Cuda {
             step: StepBuffers::default(),
             plan: Plan::default(),
             plan_shape: None,
+            graphs: options.graphs.then(Graphs::default),
             partials: None,
             experts_scratch: ExpertsScratch::default(),
             offsets,
@@ -164,6 +182,23 @@ impl Cuda {
         let seconds: Vec<f64> = (0..SWEEPS).map_while(|_| self.device.seconds(sweep)).collect();
         self.device.check()?;
         Ok(num_bytes as f64 / seconds.into_iter().fold(f64::INFINITY, f64::min))
+    }
+
+    /// Steps that were replayed from a recording.
+    pub fn num_replays(&self) -> u64 {
+        self.graphs.as_ref().map_or(0, Graphs::num_replays)
+    }
+
+    /// What a recording of this step would depend on; `None` if it is not worth one, as a step with prompts in it, whose
+    /// launches are long enough and whose shape will hardly come back.
+    fn recorded_shape(&self, shape: StepShape) -> Option<RecordedShape> {
+        let decodes = shape.num_tokens == shape.num_logits && shape.num_tokens > 0;
+        (self.graphs.is_some() && decodes).then(|| RecordedShape {
+            num_tokens: shape.num_tokens,
+            num_items: self.plan.items.len(),
+            num_folds: self.plan.folds.len(),
+            step_address: self.step.sections().token_ids,
+        })
     }
 
     fn norm_shape(weight: &Vector, x: &Tensor, out: &Tensor, eps: f32) -> (NormShape, u32) {
@@ -349,6 +384,23 @@ impl Backend for Cuda {
         }
         self.step.write(&mut self.device, batch, &self.plan)?;
         Ok(batch.shape())
+    }
+
+    fn run(&mut self, shape: StepShape, mut forward: impl FnMut(&mut Self, StepShape)) {
+        let Some(recorded) = self.recorded_shape(shape) else { return forward(self, shape) };
+        let graphs = self.graphs.as_mut().expect("there is a shape only if steps are recorded");
+        if graphs.replay(&mut self.device, &recorded) {
+            return;
+        }
+        if !graphs.is_due(&recorded) {
+            return forward(self, shape);
+        }
+        self.device.begin_recording();
+        forward(self, shape);
+        if let (Some(graph), Some(graphs)) = (self.device.end_recording(), &mut self.graphs) {
+            graphs.insert(recorded, graph);
+            graphs.replay(&mut self.device, &recorded);
+        }
     }
 
     fn embed(&mut self, table: &Matrix, out: &mut Tensor) {
@@ -553,14 +605,15 @@ impl Backend for Cuda {
     }
 
     fn read_routing(&mut self, routing: &Routing) -> backend::Routing {
-        let num_rows = routing.num_rows();
+        let expert_offsets = self.host_offsets[routing.first_offset..][..=routing.num_experts].to_vec();
+        // The handle knows its rows only if the step was not a replay.
+        let num_rows = expert_offsets[routing.num_experts] as usize;
         let table_bytes = routing.max_tokens * routing.top_k * size_of::<u32>();
         let (mut topk_ids, mut permutation) = (vec![0; num_rows], vec![0; num_rows]);
         let mut topk_weights = vec![0.0; num_rows];
         self.device.read(&routing.tables, 0, &mut topk_ids);
         self.device.read(&routing.tables, table_bytes, &mut topk_weights);
         self.device.read(&routing.tables, 2 * table_bytes, &mut permutation);
-        let expert_offsets = self.host_offsets[routing.first_offset..][..=routing.num_experts].to_vec();
         backend::Routing { top_k: routing.top_k, topk_ids, topk_weights, expert_offsets, permutation }
     }
 

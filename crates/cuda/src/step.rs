@@ -56,10 +56,11 @@ impl StepBuffers {
             token_ids: self.push(&batch.token_ids),
             positions: self.push(&batch.positions),
             slots: self.push(&batch.slot_mapping),
-            block_tables: self.push(&batch.block_tables),
             logits_indices: self.push(&batch.logits_indices),
             items: self.push(bytemuck::cast_slice(&plan.items)),
             folds: self.push(bytemuck::cast_slice(&plan.folds)),
+            // Last, for its size depends on the contexts, and a recording has the addresses of all others.
+            block_tables: self.push(&batch.block_tables),
         };
         let num_bytes = size_of_val(&self.host[..]);
         let buffer = match self.device.take() {

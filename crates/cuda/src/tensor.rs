@@ -90,7 +90,7 @@ pub struct Routing {
     pub(crate) top_k: usize,
     /// Entry of the backend's expert offsets where this layer's start.
     pub(crate) first_offset: usize,
-    /// Tokens routed in this step.
+    /// Tokens routed by the step that is being launched.
     pub(crate) num_tokens: usize,
 }
 

@@ -20,7 +20,7 @@ use std::thread::available_parallelism;
 use anyhow::{Context, Result};
 use clap::{ArgMatches, Command};
 use cpu::{Cpu, CpuOptions};
-use cuda::Cuda;
+use cuda::{Cuda, CudaOptions};
 use model::ModelSummary;
 
 use crate::bench::cost::Cost;
@@ -73,7 +73,7 @@ fn measure(plan: &Plan, settings: &Settings) -> Result<Report> {
         Device::Cpu => {
             Machine::Cpu(Box::new(Cpu::new(CpuOptions { num_threads: Some(num_threads), ..options })))
         }
-        Device::Cuda(info) => Machine::Gpu(Box::new(Cuda::new(info.clone())?)),
+        Device::Cuda(info) => Machine::Gpu(Box::new(Cuda::new(info.clone(), CudaOptions::default())?)),
     };
     let limits_before = machine.limits()?;
     let measurements = measure_all(plan, &mut sequences)?;

@@ -26,6 +26,7 @@ pub(crate) struct Settings {
     pub(crate) max_model_len: usize,
     pub(crate) device: String,
     pub(crate) gpu_memory_utilization: f64,
+    pub(crate) cuda_graphs: bool,
     pub(crate) weights: String,
     pub(crate) packed_dir: String,
     pub(crate) threads: usize,

@@ -12,7 +12,7 @@ use std::time::Instant;
 use backend::sampling::mix64;
 use backend::{Backend, Reference};
 use cpu::{Cpu, CpuOptions, Isa, KvFormat, WeightFormat};
-use cuda::Cuda;
+use cuda::{Cuda, CudaOptions};
 use engine::{Engine, EngineConfig, Event, EventSink, FinishReason, Request, SinkClosed};
 use model::{MixtralRunner, ModelConfig, ModelFiles, RunnerOptions, SampleParams, WeightSource};
 
@@ -163,6 +163,8 @@ fn the_reference_is_batch_invariant() {
 #[test]
 fn the_gpu_is_batch_invariant() {
     if let Some(info) = cuda::probe_or_skip() {
-        check(|| Cuda::new(info.clone()).expect("the device opens"));
+        for graphs in [false, true] {
+            check(|| Cuda::new(info.clone(), CudaOptions { graphs }).expect("the device opens"));
+        }
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use backend::{Backend, Batch, Reference, SampleParams, SampleRow};
 use cpu::{Cpu, CpuOptions, Isa};
-use cuda::Cuda;
+use cuda::{Cuda, CudaOptions};
 use model::{MixtralRunner, ModelConfig, ModelFiles, ModelRunner, RunnerOptions, WeightSource};
 use safetensors::SafeTensors;
 
@@ -216,7 +216,7 @@ fn tiny_models_of_every_shape_match_on_the_cpu() {
 fn tiny_models_of_every_shape_match_on_the_gpu() {
     if let Some(info) = cuda::probe_or_skip() {
         for name in TINY_MODELS {
-            let backend = Cuda::new(info.clone()).expect("the device opens");
+            let backend = Cuda::new(info.clone(), CudaOptions::default()).expect("the device opens");
             check(name, backend, &ModelFiles::open(&fixture(name)).unwrap(), TINY_TOLERANCE);
         }
     }
@@ -249,7 +249,7 @@ fn gguf_describes_the_same_models() {
 #[test]
 fn the_demo_model_matches_on_the_gpu() {
     if let Some(info) = cuda::probe_or_skip() {
-        let backend = Cuda::new(info).expect("the device opens");
+        let backend = Cuda::new(info, CudaOptions::default()).expect("the device opens");
         check("demo", backend, &ModelFiles::Embedded(demo::files()), DEMO_TOLERANCE);
     }
 }
