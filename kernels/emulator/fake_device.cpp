@@ -50,7 +50,7 @@ struct Limits {
 };
 constexpr Limits LIMITS[] = {
     {80, 163, 164, 2048}, {86, 99, 100, 1536},   {89, 99, 100, 1536},
-    {90, 227, 228, 2048}, {100, 227, 228, 2048}, {120, 99, 100, 1536},
+    {90, 227, 228, 2048}, {100, 227, 228, 2048}, {103, 227, 228, 2048}, {120, 99, 100, 1536},
 };
 
 }  // namespace
@@ -233,6 +233,12 @@ DRIVER_API cuDeviceGetAttribute(int* value, int which, int) {
 DRIVER_API cuDeviceGetPCIBusId(char* text, int bytes, int) {
   snprintf(text, static_cast<size_t>(bytes), "0000:00:00.0");
   return SUCCESS;
+}
+
+// NVRTC asks a driver that is there for NVIDIA's private tables, and calls a missing function.
+DRIVER_API cuGetExportTable(const void** table, const void*) {
+  *table = nullptr;
+  return NOT_FOUND;
 }
 
 // ---- context ---------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 //! Launches return nothing: an error is kept, what follows it is not launched, and `take_error` tells of it.
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::Arc;
 
 use backend::BackendError;
@@ -12,6 +13,7 @@ use cudarc::driver::{
 };
 use cudarc::nvrtc::Ptx;
 
+use crate::images;
 use crate::kernels::{self, Argument};
 use crate::probe::{DeviceInfo, describe};
 
@@ -70,8 +72,8 @@ impl Grid {
 }
 
 impl Device {
-    /// Opens a device and loads every kernel that it needs.
-    pub(crate) fn open(info: &DeviceInfo) -> Result<Self, BackendError> {
+    /// Opens a device and loads every kernel that it needs; those compiled for it are kept in `cache`.
+    pub(crate) fn open(info: &DeviceInfo, cache: Option<&Path>) -> Result<Self, BackendError> {
         let context = CudaContext::new(info.ordinal).map_err(failed)?;
         // SAFETY: one stream uses all memory, so there is nothing to be kept in order by events.
         unsafe { context.disable_event_tracking() };
@@ -81,7 +83,7 @@ impl Device {
         let has_wgmma = info.capability.has_wgmma();
         Ok(Self {
             stream: context.new_stream().map_err(failed)?,
-            kernels: load_kernels(&context, info)?,
+            kernels: load_kernels(&context, info, cache)?,
             num_multiprocessors: multiprocessors as u32,
             has_wgmma,
             error: None,
@@ -242,13 +244,13 @@ fn launch(
 fn load_kernels(
     context: &Arc<CudaContext>,
     info: &DeviceInfo,
+    cache: Option<&Path>,
 ) -> Result<HashMap<&'static str, Kernel>, BackendError> {
+    let files = kernels::files(info.capability);
+    let images = images::load(&files, &info.capability.target(), info.kernels, cache)?;
     let mut loaded = HashMap::new();
-    for (file, names) in kernels::files(info.capability.has_wgmma()) {
-        let target = info.capability.target();
-        let cubin =
-            target.and_then(|target| kernels::embedded_cubin(file, target)).expect("probing looked for it");
-        let module = context.load_module(Ptx::from_binary(cubin.to_vec())).map_err(failed)?;
+    for ((_, names), image) in kernels::by_file(info.capability).into_iter().zip(images) {
+        let module = context.load_module(Ptx::from_binary(image.into_owned())).map_err(failed)?;
         for name in names {
             let function = module.load_function(name).map_err(failed)?;
             loaded.insert(name, Kernel { function, shared_bytes: UNASKED_SHARED_BYTES });

@@ -1,13 +1,10 @@
 //! The kernels by file and name, and the structures of their arguments, as `kernels/*.cu` declares them.
 //!
-//! Compiled kernels come from the binary itself, into which `build.rs` puts what `kernels/check.py` left. Nothing here
-//! launches anything.
+//! Nothing here launches anything.
 
 use std::ffi::c_void;
 
-mod embedded {
-    include!(concat!(env!("OUT_DIR"), "/cubins.rs"));
-}
+use crate::probe::Capability;
 
 /// One width of the grouped product: tokens of a tile, and what its launch must know.
 #[derive(Debug)]
@@ -68,8 +65,14 @@ pub(crate) fn tiles(has_wgmma: bool) -> &'static [Tile] {
     if has_wgmma { &WGMMA_TILES } else { &MMA_TILES }
 }
 
+/// The files that a device needs.
+pub(crate) fn files(capability: Capability) -> Vec<&'static str> {
+    by_file(capability).into_iter().map(|(file, _)| file).collect()
+}
+
 /// The files that a device needs, each with its kernels.
-pub(crate) fn files(has_wgmma: bool) -> Vec<(&'static str, Vec<&'static str>)> {
+pub(crate) fn by_file(capability: Capability) -> Vec<(&'static str, Vec<&'static str>)> {
+    let has_wgmma = capability.has_wgmma();
     let grouped_gemm = if has_wgmma { "grouped_gemm_wgmma" } else { "grouped_gemm_mma" };
     let attention = ATTENTION.iter().map(|&(_, name)| name).chain(["attention_fold"]);
     vec![
@@ -86,17 +89,6 @@ pub(crate) fn files(has_wgmma: bool) -> Vec<(&'static str, Vec<&'static str>)> {
         ("rope_store_kv", vec!["rope_store_kv"]),
         ("route", vec!["route"]),
     ]
-}
-
-/// A file compiled for `target`, if this binary has it.
-pub(crate) fn embedded_cubin(file: &str, target: &str) -> Option<&'static [u8]> {
-    let name = format!("{file}.{target}");
-    embedded::CUBINS.iter().find(|(cubin, _)| *cubin == name).map(|&(_, image)| image)
-}
-
-/// Whether this binary has all kernels for a target.
-pub(crate) fn are_embedded(target: &str, has_wgmma: bool) -> bool {
-    files(has_wgmma).iter().all(|(file, _)| embedded_cubin(file, target).is_some())
 }
 
 /// Something that a kernel takes by value.

@@ -9,12 +9,15 @@
 mod attention;
 mod device;
 mod graphs;
+mod images;
 mod kernels;
 mod probe;
 mod products;
 mod step;
 mod tensor;
 mod weights;
+
+use std::path::PathBuf;
 
 use backend::sampling::sample_row;
 use backend::{
@@ -32,7 +35,8 @@ use crate::step::StepBuffers;
 use crate::tensor::{element_bytes, stride};
 use crate::weights::Uploader;
 
-pub use crate::probe::{Capability, DeviceInfo, NoDevice, probe, probe_or_skip};
+pub use crate::images::{KernelOrigin, embedded_targets, nvrtc_version};
+pub use crate::probe::{Capability, DeviceInfo, NoDevice, devices, driver_version, probe, probe_or_skip};
 pub use crate::tensor::{Experts, KvCache, Matrix, Rope, Routing, Tensor, Vector};
 
 /// Features of the widest head that attention is compiled for.
@@ -50,15 +54,17 @@ const SWEEPS: usize = 5;
 const NO_WINDOW: u32 = 1 << 30;
 
 /// What the owner of the device decides.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CudaOptions {
     /// Whether steps that only decode are recorded as CUDA graphs and replayed. No bit depends on it.
     pub graphs: bool,
+    /// Where kernels are kept that are not in the binary and were compiled for this device.
+    pub kernel_cache: Option<PathBuf>,
 }
 
 impl Default for CudaOptions {
     fn default() -> Self {
-        Self { graphs: true }
+        Self { graphs: true, kernel_cache: None }
     }
 }
 
@@ -131,7 +137,7 @@ impl Cuda {
     /// # Panics
     /// If `info` did not come from [`probe`].
     pub fn new(info: DeviceInfo, options: CudaOptions) -> Result<Self, BackendError> {
-        let mut device = Device::open(&info)?;
+        let mut device = Device::open(&info, options.kernel_cache.as_deref())?;
         let offsets = device.allocate("offsets of experts", MAX_OFFSETS * size_of::<u32>())?;
         Ok(Self {
             info,

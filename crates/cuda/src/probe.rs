@@ -6,10 +6,11 @@
 use cudarc::driver::{result, sys};
 use thiserror::Error;
 
+use crate::images::KernelOrigin;
 use crate::kernels;
 
 /// What the newest function that we call needs.
-const MIN_DRIVER_VERSION: i32 = 12_080;
+const MIN_DRIVER_VERSION: (i32, i32) = (12, 8);
 /// The oldest compute capability that the kernels compile for.
 const MIN_CAPABILITY: Capability = Capability { major: 8, minor: 0 };
 
@@ -23,18 +24,17 @@ pub struct Capability {
 }
 
 impl Capability {
-    /// The architecture to compile for, as NVIDIA's compilers call it; `None` for GPUs that no embedded kernel is for.
+    /// The architecture to compile for, as NVIDIA's compilers call it.
     ///
-    /// Code for 8.6 also runs on 8.7; Hopper and the first Blackwell have code with features that no other has.
-    pub fn target(self) -> Option<&'static str> {
+    /// Code for 8.6 also runs on 8.7, and code for 12.0 on 12.1; Hopper and the first Blackwell have code with features
+    /// that no other has. Kernels for all other GPUs are compiled on the machine that has one.
+    pub fn target(self) -> String {
         match (self.major, self.minor) {
-            (8, 0) => Some("sm_80"),
-            (8, 6 | 7) => Some("sm_86"),
-            (8, 9) => Some("sm_89"),
-            (9, 0) => Some("sm_90a"),
-            (10, 0) => Some("sm_100a"),
-            (12, 0 | 1) => Some("sm_120"),
-            _ => None,
+            (8, 7) => "sm_86".to_owned(),
+            (9, 0) => "sm_90a".to_owned(),
+            (10, 0) => "sm_100a".to_owned(),
+            (12, 1) => "sm_120".to_owned(),
+            (major, minor) => format!("sm_{major}{minor}"),
         }
     }
 
@@ -55,6 +55,8 @@ pub struct DeviceInfo {
     pub capability: Capability,
     /// Memory on the device.
     pub memory_bytes: u64,
+    /// Where its kernels come from.
+    pub kernels: KernelOrigin,
 }
 
 /// Why there is none.
@@ -64,10 +66,12 @@ pub enum NoDevice {
     #[error("no NVIDIA driver (libcuda.so.1) was found")]
     NoDriver,
     /// Too old a driver.
-    #[error("the NVIDIA driver supports CUDA {}.{}, and 12.8 is the oldest that works here", version / 1000, version % 1000 / 10)]
+    #[error("the NVIDIA driver supports CUDA {major}.{minor}, and 12.8 is the oldest that works here")]
     OldDriver {
-        /// 1000 times the major version, 10 times the minor.
-        version: i32,
+        /// Of CUDA.
+        major: i32,
+        /// Of CUDA.
+        minor: i32,
     },
     /// A driver without a device, or one that fails.
     #[error("the NVIDIA driver says: {0}")]
@@ -82,8 +86,8 @@ pub enum NoDevice {
     },
     /// A GPU for which nothing was compiled.
     #[error(
-        "this binary was built without kernels for {name} (compute capability {}.{}); to have them, run kernels/check.py \
-         before cargo build", capability.major, capability.minor
+        "this binary was built without kernels for {name} (compute capability {}.{}), and no NVRTC (libnvrtc.so) was found \
+         to compile them: install NVRTC, or run kernels/check.py before cargo build", capability.major, capability.minor
     )]
     NoKernels {
         /// The device's name.
@@ -93,33 +97,42 @@ pub enum NoDevice {
     },
 }
 
-/// The first GPU.
+/// The first GPU that this backend can use.
 ///
 /// # Errors
-/// [`NoDevice`], one readable sentence.
+/// [`NoDevice`], one readable sentence; of the first GPU, if there are some and none is usable.
 pub fn probe() -> Result<DeviceInfo, NoDevice> {
+    let (usable, others): (Vec<_>, Vec<_>) = devices()?.into_iter().partition(Result::is_ok);
+    let none = Err(NoDevice::Driver("there is no device".to_owned()));
+    usable.into_iter().chain(others).next().unwrap_or(none)
+}
+
+/// Every GPU, or why this backend cannot use it.
+///
+/// # Errors
+/// [`NoDevice`] if the driver cannot be asked.
+pub fn devices() -> Result<Vec<Result<DeviceInfo, NoDevice>>, NoDevice> {
+    let (major, minor) = driver_version()?;
+    if (major, minor) < MIN_DRIVER_VERSION {
+        return Err(NoDevice::OldDriver { major, minor });
+    }
+    let count = result::init().and_then(|()| result::device::get_count()).map_err(failed)?;
+    Ok((0..count as usize).map(device).collect())
+}
+
+/// The version of CUDA that the driver supports, 13 and 0 for 13.0.
+///
+/// # Errors
+/// [`NoDevice`] if there is no driver, or it does not say.
+pub fn driver_version() -> Result<(i32, i32), NoDevice> {
     // SAFETY: loads a library by the driver's name, which has no requirements.
     if !unsafe { sys::is_culib_present() } {
         return Err(NoDevice::NoDriver);
     }
-    let failed = |error: result::DriverError| NoDevice::Driver(describe(error));
-    let version = driver_version().map_err(failed)?;
-    if version < MIN_DRIVER_VERSION {
-        return Err(NoDevice::OldDriver { version });
-    }
-    result::init().map_err(failed)?;
-    if result::device::get_count().map_err(failed)? == 0 {
-        return Err(NoDevice::Driver("there is no device".to_owned()));
-    }
-    let info = device_info(0).map_err(failed)?;
-    if info.capability < MIN_CAPABILITY {
-        return Err(NoDevice::OldDevice { name: info.name, capability: info.capability });
-    }
-    let has_kernels = |target| kernels::are_embedded(target, info.capability.has_wgmma());
-    if !info.capability.target().is_some_and(has_kernels) {
-        return Err(NoDevice::NoKernels { name: info.name, capability: info.capability });
-    }
-    Ok(info)
+    let mut version = 0;
+    // SAFETY: writes one number to where the pointer shows.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(failed)?;
+    Ok((version / 1000, version % 1000 / 10))
 }
 
 /// The device for a test, which is told why there is none.
@@ -138,28 +151,29 @@ pub fn probe_or_skip() -> Option<DeviceInfo> {
     }
 }
 
-fn driver_version() -> Result<i32, result::DriverError> {
-    let mut version = 0;
-    // SAFETY: writes one number to where the pointer shows.
-    unsafe { sys::cuDriverGetVersion(&mut version) }.result()?;
-    Ok(version)
+fn device(ordinal: usize) -> Result<DeviceInfo, NoDevice> {
+    use sys::CUdevice_attribute as Attribute;
+    let device = result::device::get(ordinal as i32).map_err(failed)?;
+    // SAFETY: the device was just given by the driver, here and below.
+    let attribute = |which| unsafe { result::device::get_attribute(device, which) }.map_err(failed);
+    let name = result::device::get_name(device).map_err(failed)?;
+    let capability = Capability {
+        major: attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+        minor: attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+    };
+    if capability < MIN_CAPABILITY {
+        return Err(NoDevice::OldDevice { name, capability });
+    }
+    let Some(kernels) = KernelOrigin::find(&kernels::files(capability), &capability.target()) else {
+        return Err(NoDevice::NoKernels { name, capability });
+    };
+    // SAFETY: as above.
+    let memory_bytes = unsafe { result::device::total_mem(device) }.map_err(failed)? as u64;
+    Ok(DeviceInfo { ordinal, name, capability, memory_bytes, kernels })
 }
 
-fn device_info(ordinal: usize) -> Result<DeviceInfo, result::DriverError> {
-    use sys::CUdevice_attribute as Attribute;
-    let device = result::device::get(ordinal as i32)?;
-    // SAFETY: the device was just given by the driver.
-    let attribute = |which| unsafe { result::device::get_attribute(device, which) };
-    Ok(DeviceInfo {
-        ordinal,
-        name: result::device::get_name(device)?,
-        capability: Capability {
-            major: attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
-            minor: attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
-        },
-        // SAFETY: as above.
-        memory_bytes: unsafe { result::device::total_mem(device) }? as u64,
-    })
+fn failed(error: result::DriverError) -> NoDevice {
+    NoDevice::Driver(describe(error))
 }
 
 /// The driver's own words, which need no context to be asked for.
@@ -185,10 +199,8 @@ mod tests {
     }
 
     #[test]
-    fn every_generation_has_its_kernels_or_none() {
+    fn every_generation_has_its_target() {
         let target = |major, minor| Capability { major, minor }.target();
-        assert_eq!(target(9, 0), Some("sm_90a"));
-        assert_eq!(target(8, 7), Some("sm_86"));
-        assert_eq!(target(10, 3), None);
+        assert_eq!([(9, 0), (8, 7), (10, 3)].map(|(x, y)| target(x, y)), ["sm_90a", "sm_86", "sm_103"]);
     }
 }

@@ -20,7 +20,7 @@ use std::thread::available_parallelism;
 use anyhow::{Context, Result};
 use clap::{ArgMatches, Command};
 use cpu::{Cpu, CpuOptions};
-use cuda::{Cuda, CudaOptions};
+use cuda::Cuda;
 use model::ModelSummary;
 
 use crate::bench::cost::Cost;
@@ -28,7 +28,7 @@ use crate::bench::limits::Machine;
 use crate::bench::plan::Plan;
 use crate::bench::report::{Measurement, Memory, Phase, Report, Row};
 use crate::bench::sequences::Sequences;
-use crate::device::Device;
+use crate::device::{self, Device};
 use crate::load::Model;
 use crate::memory;
 use crate::progress::Progress;
@@ -73,7 +73,9 @@ fn measure(plan: &Plan, settings: &Settings) -> Result<Report> {
         Device::Cpu => {
             Machine::Cpu(Box::new(Cpu::new(CpuOptions { num_threads: Some(num_threads), ..options })))
         }
-        Device::Cuda(info) => Machine::Gpu(Box::new(Cuda::new(info.clone(), CudaOptions::default())?)),
+        Device::Cuda(info) => {
+            Machine::Gpu(Box::new(Cuda::new(info.clone(), device::cuda_options(settings))?))
+        }
     };
     let limits_before = machine.limits()?;
     let measurements = measure_all(plan, &mut sequences)?;

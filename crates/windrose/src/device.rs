@@ -1,8 +1,10 @@
 //! Which device runs the model, and why: a GPU where there is one that can, the processor elsewhere.
 
+use std::path::PathBuf;
+
 use anyhow::{Result, anyhow, bail};
 use cpu::Isa;
-use cuda::DeviceInfo;
+use cuda::{CudaOptions, DeviceInfo};
 use model::{ModelConfig, ModelSummary, RunnerOptions};
 use tracing::info;
 
@@ -44,10 +46,10 @@ impl Device {
     }
 
     /// What its kernels are called, which decides bits.
-    pub(crate) fn kernels(&self) -> &'static str {
+    pub(crate) fn kernels(&self) -> String {
         match self {
-            Self::Cpu => Isa::detect().name(),
-            Self::Cuda(info) => info.capability.target().expect("probing found kernels for it"),
+            Self::Cpu => Isa::detect().name().to_owned(),
+            Self::Cuda(info) => info.capability.target(),
         }
     }
 
@@ -58,6 +60,26 @@ impl Device {
             Self::Cuda(info) => info.memory_bytes,
         }
     }
+}
+
+/// What the settings say of a GPU.
+pub(crate) fn cuda_options(settings: &Settings) -> CudaOptions {
+    CudaOptions { graphs: settings.cuda_graphs, kernel_cache: kernel_cache(settings) }
+}
+
+/// The directory of compiled kernels, if they are kept.
+pub(crate) fn kernel_cache(settings: &Settings) -> Option<PathBuf> {
+    match settings.kernel_cache_dir.as_str() {
+        "off" => None,
+        "" => user_cache().map(|cache| cache.join("windrose/kernels")),
+        directory => Some(directory.into()),
+    }
+}
+
+/// Where the owner of the process keeps what can be made again; nowhere for one without a home.
+fn user_cache() -> Option<PathBuf> {
+    let directory = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    directory("XDG_CACHE_HOME").or_else(|| Some(directory("HOME")?.join(".cache")))
 }
 
 /// What an automatically sized cache may take on the processor.
@@ -103,7 +125,7 @@ pub(crate) fn gpu_cache_bytes(
 }
 
 /// A GPU that can do all that the settings ask, or why there is none.
-fn usable_gpu(settings: &Settings, summary: &ModelSummary) -> Result<DeviceInfo, String> {
+pub(crate) fn usable_gpu(settings: &Settings, summary: &ModelSummary) -> Result<DeviceInfo, String> {
     let info = cuda::probe().map_err(|reason| reason.to_string())?;
     for (key, format) in [("weights", &settings.weights), ("kv_cache", &settings.kv_cache)] {
         if !matches!(format.as_str(), "auto" | "bf16") {

@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use backend::Backend;
 use cpu::{Cpu, CpuOptions, KvFormat, WeightFormat};
-use cuda::{Cuda, CudaOptions};
+use cuda::Cuda;
 use model::{
     MixtralRunner, ModelConfig, ModelFiles, ModelRunner, ModelSummary, RunnerOptions, WeightSource,
     WeightType,
@@ -64,7 +64,7 @@ impl Model {
         match &self.device {
             Device::Cpu => self.load_on_cpu(settings, options),
             Device::Cuda(info) => {
-                let backend = Cuda::new(info.clone(), CudaOptions { graphs: settings.cuda_graphs })?;
+                let backend = Cuda::new(info.clone(), device::cuda_options(settings))?;
                 let free = backend.free_bytes()?;
                 let granted = || device::gpu_cache_bytes(settings, info, free, &self.config, &options);
                 let num_blocks = 1 + self.num_cache_blocks(settings, &options, granted)?;

@@ -1,11 +1,12 @@
 //! The command line of Windrose, and the one place where its crates meet.
 //!
-//! `serve` (what runs without a subcommand), `generate`, `inspect`, `quantize` and `bench` share one set of settings,
+//! `serve` (what runs without a subcommand), `generate`, `inspect`, `doctor`, `quantize` and `bench` share one set of settings,
 //! which come from `config.toml` (see [`settings`]). Only the settings and the benches are worth testing alone.
 #![forbid(unsafe_code)]
 
 mod bench;
 mod device;
+mod doctor;
 mod fingerprint;
 mod generate;
 mod inspect;
@@ -63,6 +64,10 @@ fn command() -> Command {
         .subcommand(generate::command())
         .subcommand(bench::command())
         .subcommand(
+            Command::new("doctor")
+                .about("Says what this machine has, what would run the model, and why nothing better does"),
+        )
+        .subcommand(
             Command::new("inspect")
                 .about("Says what a model is: experts, parameters, bytes, and how many tokens fit here")
                 .arg(model.clone()),
@@ -93,6 +98,10 @@ fn run(matches: &ArgMatches) -> Result<()> {
             start_log(&settings, &settings.log)?;
             settings.model = model_path(arguments, &settings);
             quantize::run(&mut settings)
+        }
+        "doctor" => {
+            start_log(&settings, "warn")?;
+            doctor::run(&settings)
         }
         "bench" => {
             start_log(&settings, "warn")?;

@@ -164,7 +164,10 @@ fn the_reference_is_batch_invariant() {
 fn the_gpu_is_batch_invariant() {
     if let Some(info) = cuda::probe_or_skip() {
         for graphs in [false, true] {
-            check(|| Cuda::new(info.clone(), CudaOptions { graphs }).expect("the device opens"));
+            check(|| {
+                Cuda::new(info.clone(), CudaOptions { graphs, ..CudaOptions::default() })
+                    .expect("the device opens")
+            });
         }
     }
 }

@@ -34,7 +34,7 @@ pub(super) struct Report {
     /// The seed, if the weights are random.
     pub(super) dummy_weights: Option<u64>,
     /// The instruction set or the GPU architecture.
-    pub(super) kernels: &'static str,
+    pub(super) kernels: String,
     pub(super) num_threads: usize,
     pub(super) max_num_batched_tokens: usize,
     pub(super) output_len: usize,
