@@ -7,7 +7,19 @@ launched from Python, so anything under 30 us shows the launch.
 import ctypes
 
 import torch
-from launches import EXPERTS, FFN, HIDDEN, TILES, TOP_K, Attention, Launcher, bf16, plan_attention
+from launches import (
+    EXPERTS,
+    FFN,
+    HIDDEN,
+    TILES,
+    TOP_K,
+    Attention,
+    Launcher,
+    SampleRow,
+    Sampling,
+    bf16,
+    plan_attention,
+)
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 16
 NUM_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 8192)
@@ -105,6 +117,7 @@ class Bench:
         self.time_experts()
         self.time_dense()
         self.time_attention()
+        self.time_sampling()
 
     def report(self, name, seconds, **shares):
         self.figures[name] = {"microseconds": seconds * 1e6, **shares}
@@ -163,6 +176,18 @@ class Bench:
                 seconds = median_seconds(product)
                 bandwidth = weights.numel() * 2 / seconds / 1e12
                 self.report(f"{name}, {num_tokens} tokens, L2 warm", seconds, TBps=bandwidth)
+
+    def time_sampling(self):
+        logits = 3 * torch.randn(128, 32000, device="cuda")
+        for name, row in (
+            ("likeliest", SampleRow.of()),
+            ("temperature", SampleRow.of(0.7, 0.5)),
+            ("top-k 50, top-p 0.9", SampleRow.of(0.7, 0.5, 50, 0.9)),
+        ):
+            for num_rows in (1, 128):
+                sampling = Sampling(self.launch, logits[:num_rows], [row] * num_rows)
+                seconds = median_seconds(captured(sampling.run).replay)
+                self.report(f"sampling {num_rows} rows, {name}", seconds)
 
     def time_attention(self):
         """Single tokens of many sequences, in chunks and whole, and one prompt."""

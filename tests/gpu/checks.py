@@ -4,7 +4,20 @@ import ctypes
 import math
 
 import torch
-from launches import EXPERTS, HIDDEN, TILES, TOP_K, KvShape, Launcher, NormShape, Placement, bf16, int32
+from launches import (
+    EXPERTS,
+    HIDDEN,
+    TILES,
+    TOP_K,
+    KvShape,
+    Launcher,
+    NormShape,
+    Placement,
+    SampleRow,
+    Sampling,
+    bf16,
+    int32,
+)
 
 MASK = (1 << 64) - 1
 
@@ -41,6 +54,7 @@ class Checks:
         for check in (
             self.check_norms,
             self.check_route,
+            self.check_sample,
             self.check_small,
             self.check_weights,
             self.check_rope,
@@ -121,16 +135,37 @@ class Checks:
             counts = torch.bincount(ids.flatten(), minlength=EXPERTS).cumsum(0).int()
             self.expect_equal(f"route {tokens}: offsets", offsets[1:], counts)
 
-    def check_small(self):
-        logits = torch.randn(9, 32000, device="cuda")
+    def check_sample(self):
+        logits = 3 * torch.randn(9, 32000, device="cuda")
         logits[1, 77] = logits[1, 99] = 50.0
         logits[2, 5] = math.nan
-        tokens = int32([0] * 9)
-        self.kernels.launch("greedy", 9, 1024, [logits, 32000, 32000, tokens])
         expected = logits.argmax(1).int()
         expected[1], expected[2] = 77, -1
-        self.expect_equal("greedy", tokens, expected)
+        sampling = Sampling(self.launch, logits, [SampleRow.of(num_top=2)] * 9)
+        sampling.run()
+        self.expect_equal("sample: the likeliest", sampling.tokens, expected)
+        sound = torch.tensor([0, 1, 3, 4, 5, 6, 7, 8]).cuda()
+        top = logits[sound].double().log_softmax(1).topk(2)
+        self.expect_equal("sample: top tokens", sampling.top_tokens()[sound, 1:3], top.indices.int())
+        self.expect("sample: log-probabilities", error(sampling.logprobs()[sound, 1:3], top.values), 1e-6)
 
+        for name, kept in (("", 32000), (", top-k 40", 40)):
+            uniforms = torch.rand(8, dtype=torch.float64).tolist()
+            top_k = 0 if kept == 32000 else kept
+            rows = [SampleRow.of(temperature=0.8, uniform=u, top_k=top_k) for u in uniforms]
+            sampling = Sampling(self.launch, logits[3:4].repeat(8, 1), rows)
+            sampling.run()
+            tokens = sampling.tokens.long()
+            wide = logits[3].double() / 0.8
+            wide[wide < wide.topk(kept).values[-1]] = -math.inf
+            ends = wide.softmax(0).cumsum(0)
+            drawn = torch.tensor(uniforms, dtype=torch.float64).cuda()
+            # The draw falls into the token's part of the sum, but for what rounding to 2^-30 moves.
+            begins = torch.cat([ends.new_zeros(1), ends])[tokens]
+            beside = torch.maximum(begins - drawn, drawn - ends[tokens]).clamp(min=0.0)
+            self.expect(f"sample: draws{name}", beside.max().item(), 1e-5)
+
+    def check_small(self):
         table, ids = bf16(100, HIDDEN), int32([7, 99, 0, 7])
         embedded = torch.zeros(4, HIDDEN, device="cuda")
         self.kernels.launch("embed", 4, 256, [ids, table, embedded, HIDDEN, HIDDEN, HIDDEN])

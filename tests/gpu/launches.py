@@ -14,6 +14,7 @@ HIDDEN, FFN, EXPERTS, TOP_K = 4096, 14336, 8, 2
 TILES = {8: (1, 20), 16: (1, 18), 32: (1, 16), 64: (1, 12), 128: (2, 6), 256: (2, 4)}
 CHUNK_KEYS = 256
 NO_PARTIAL = -1
+NO_TOKEN, MAX_TOP = 0xFFFFFFFF, 32
 
 
 class GroupedShape(ctypes.Structure):
@@ -57,6 +58,49 @@ class AttentionShape(ctypes.Structure):
 
 class Placement(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int) for name in ("cols", "stride", "first_row", "interleaved")]
+
+
+class SampleRow(ctypes.Structure):
+    _fields_ = [
+        ("top_p", ctypes.c_double),
+        ("uniform", ctypes.c_double),
+        ("scale", ctypes.c_float),
+        ("top_k", ctypes.c_uint32),
+        ("least_weight", ctypes.c_uint32),
+        ("forced", ctypes.c_uint32),
+        ("first_edit", ctypes.c_int),
+        ("num_edits", ctypes.c_int),
+        ("num_top", ctypes.c_int),
+        ("padding", ctypes.c_int),
+    ]
+
+    @classmethod
+    def of(cls, temperature=0.0, uniform=0.0, top_k=0, top_p=1.0, num_top=-1):
+        scale = math.log2(math.e) / temperature if temperature else 0.0
+        return cls(top_p, uniform, scale, top_k, 1, NO_TOKEN, 0, 0, num_top, 0)
+
+
+class Sampling:
+    """The sampling of rows of logits, with everything it needs on the device, so that it can be timed."""
+
+    def __init__(self, launch, logits, rows):
+        self.kernels, self.logits = launch.kernels, logits
+        words = b"".join(map(bytes, rows))
+        self.rows = torch.frombuffer(bytearray(words), dtype=torch.uint8).cuda()
+        self.tokens = int32([0] * len(rows))
+        self.reported = int32([[[0] * 3] * (1 + MAX_TOP)] * len(rows))
+
+    def run(self):
+        num_rows, vocab = self.logits.shape
+        args = [self.logits, vocab, self.logits.stride(0), self.rows, None, None, self.tokens, self.reported]
+        self.kernels.launch("sample", num_rows, 1024, args)
+
+    def top_tokens(self):
+        """Of each row the taken token, then the likeliest ones."""
+        return self.reported[..., 0]
+
+    def logprobs(self):
+        return self.reported.view(torch.float32)[..., 1]
 
 
 def bf16(*shape):

@@ -7,7 +7,7 @@
 use bytes::Bytes;
 use half::bf16;
 
-use crate::sampling::{SampleParams, SampleRow, mix64};
+use crate::sampling::{NonFiniteLogits, SampleParams, SampleRow, Sampled, TokenLogprob, mix64};
 use crate::{
     AttentionShape, Backend, Batch, DType, ExpertsView, MatrixUse, Reference, RopeTable, RouteShape, Routing,
     WeightData, WeightType, WeightView,
@@ -443,43 +443,103 @@ fn check_attention_is_independent_of_chunking<B: Backend>(backend: &mut B) {
     }
 }
 
+/// Tokens are the reference's; log-probabilities are within the rounding of a sum of exponentials.
 fn check_sample<B: Backend>(backend: &mut B) {
-    let vocab = 300;
-    let logits = Values(8).take(3 * vocab);
-    let params = [
-        SampleParams::greedy(),
-        SampleParams { top_p: 0.9, seed: 3, ..SampleParams::default() },
-        SampleParams {
-            top_k: 20,
-            temperature: 0.7,
-            repetition_penalty: 1.2,
-            seed: 4,
-            ..SampleParams::default()
-        },
-    ];
-    let rows: Vec<SampleRow<'_>> = params
-        .iter()
-        .map(|params| SampleRow {
-            params,
-            prompt: &[1, 2],
-            output: &[3],
-            banned: &[4],
-            forced: None,
-            num_logprobs: Some(2),
-        })
-        .collect();
-    let got = sample(backend, &logits, vocab, &rows);
-    assert_eq!(got, sample(&mut Reference::new(), &logits, vocab, &rows), "sample");
+    for vocab in [1, 7, 300, 5000] {
+        let mut logits = Values(8).take(NUM_SAMPLED * vocab);
+        // Many tokens that are as likely as others, some of them the likeliest.
+        logits.iter_mut().skip(1).step_by(2).for_each(|logit| *logit = (*logit * 8.0).round() / 4.0);
+        let params: Vec<_> =
+            (0..NUM_SAMPLED as u64).map(|index| sample_params(index, vocab as u32)).collect();
+        let tokens: Vec<u32> = (0..60).map(|i| i * i % vocab as u32).collect();
+        let rows: Vec<_> = params
+            .iter()
+            .enumerate()
+            .map(|(index, params)| SampleRow {
+                params,
+                prompt: &tokens[..index],
+                output: &tokens[index..2 * index],
+                banned: if index % 5 == 1 { &tokens[1..3] } else { &[] },
+                forced: (index % 7 == 6).then(|| tokens[index]),
+                num_logprobs: [None, Some(0), Some(3.min(vocab as u32))][index % 3],
+            })
+            .collect();
+        let got = sample(backend, &logits, vocab, &rows);
+        let expected = sample(&mut Reference::new(), &logits, vocab, &rows);
+        for (index, (got, expected)) in got.iter().zip(&expected).enumerate() {
+            assert!(
+                same_sample(got, expected),
+                "sample {vocab}, {:?}: {got:?} for {expected:?}",
+                rows[index]
+            );
+        }
+    }
+    let broken =
+        [1.0, f32::NAN, f32::INFINITY, 1.0, f32::NEG_INFINITY, f32::NEG_INFINITY, f32::NEG_INFINITY, 2.0];
+    let params = SampleParams::default();
+    let row = SampleRow {
+        params: &params,
+        prompt: &[],
+        output: &[],
+        banned: &[],
+        forced: None,
+        num_logprobs: None,
+    };
+    let got = sample(backend, &broken, 2, &[row; 4]);
+    assert_eq!(got.iter().map(Result::is_ok).collect::<Vec<_>>(), [false, false, false, true], "{got:?}");
 }
 
-fn sample<B: Backend>(backend: &mut B, logits: &[f32], vocab: usize, rows: &[SampleRow<'_>]) -> Vec<u32> {
-    let logits = filled(backend, vocab, DType::F32, logits);
-    let mut batch = fresh_batch(&vec![1; rows.len()], 4, 8);
+/// Rows that are sampled together.
+const NUM_SAMPLED: usize = 24;
+
+/// Every filter, alone and with others.
+fn sample_params(index: u64, vocab: u32) -> SampleParams {
+    let on = |bit: u64| index >> bit & 1 == 1;
+    SampleParams {
+        temperature: if index % 8 == 7 { 0.0 } else { 0.4 + index as f32 / 10.0 },
+        top_k: if on(0) { 1 + 3 * index as u32 } else { 0 },
+        top_p: if on(1) { 0.3 + 0.02 * index as f32 } else { 1.0 },
+        min_p: if on(2) { 0.05 } else { 0.0 },
+        repetition_penalty: if on(3) { 1.3 } else { 1.0 },
+        presence_penalty: if on(4) { 0.4 } else { 0.0 },
+        frequency_penalty: if on(4) { 0.3 } else { 0.0 },
+        logit_bias: if on(3) { vec![(index as u32 % vocab, 1.5)] } else { Vec::new() },
+        seed: mix64(index),
+    }
+}
+
+type SampleResult = Result<Sampled, NonFiniteLogits>;
+
+fn same_sample(got: &SampleResult, expected: &SampleResult) -> bool {
+    let (got, expected) = match (got, expected) {
+        (Ok(got), Ok(expected)) => (got, expected),
+        (got, expected) => return got == expected,
+    };
+    let all = |sampled: &Sampled| -> Vec<TokenLogprob> {
+        sampled.logprob.iter().chain(&sampled.top_logprobs).copied().collect()
+    };
+    let same = |(a, b): (&TokenLogprob, &TokenLogprob)| {
+        (a.token, a.rank) == (b.token, b.rank) && (a.logprob - b.logprob).abs() <= 1e-5
+    };
+    let (reported, wanted) = (all(got), all(expected));
+    got.token == expected.token && reported.len() == wanted.len() && reported.iter().zip(&wanted).all(same)
+}
+
+fn sample<B: Backend>(
+    backend: &mut B,
+    logits: &[f32],
+    vocab: usize,
+    rows: &[SampleRow<'_>],
+) -> Vec<SampleResult> {
+    let tensor = filled(backend, vocab, DType::F32, logits);
+    let mut batch = fresh_batch(&vec![1; rows.len()], 4, 32);
     batch.logits_indices = (0..rows.len() as u32).collect();
     backend.begin_step(&batch).unwrap();
-    backend.sample(&logits, rows);
+    backend.sample(&tensor, rows);
     let sampled = backend.finish_step().unwrap();
-    sampled.into_iter().map(|sampled| sampled.expect("finite logits").token).collect()
+    let left = backend.download(&tensor, rows.len());
+    assert!(left.iter().zip(logits).all(|(a, b)| a.to_bits() == b.to_bits()), "sampling keeps the logits");
+    sampled
 }
 
 #[cfg(test)]

@@ -2,14 +2,18 @@
 //! sample on their own.
 //!
 //! Order: logit bias, repetition penalty, presence and frequency penalties, banned tokens; then greedy, or
-//! temperature, top-k, top-p, min-p and one draw. Randomness is an input: [`uniform`] of the request's seed
-//! and the token's index, so a request's luck depends on nothing but itself.
+//! temperature, top-k, top-p, min-p and one draw, among integers ([`weights`]). Randomness is an input: [`uniform`] of
+//! the request's seed and the token's index, so a request's luck depends on nothing but itself.
 //!
 //! This file does not know why a token is banned or what ends a sequence; that is the engine's policy.
+
+pub mod weights;
 
 use std::collections::HashMap;
 
 use thiserror::Error;
+
+use crate::sampling::weights::{Weighted, least_weight, weight_scale};
 
 /// Logits that are compared side by side.
 const LANES: usize = 16;
@@ -59,13 +63,16 @@ impl SampleParams {
         Self { temperature: 0.0, ..Self::default() }
     }
 
-    /// Whether neither bias nor penalties touch the logits.
-    fn leaves_logits(&self) -> bool {
-        self.logit_bias.is_empty() && !self.has_penalties()
+    /// Whether the likeliest token is taken.
+    pub fn is_greedy(&self) -> bool {
+        self.temperature == 0.0 || self.top_k == 1
     }
 
-    fn has_penalties(&self) -> bool {
-        self.presence_penalty != 0.0 || self.frequency_penalty != 0.0 || self.repetition_penalty != 1.0
+    /// Whether neither bias nor penalties touch the logits.
+    fn leaves_logits(&self) -> bool {
+        let has_penalties =
+            self.presence_penalty != 0.0 || self.frequency_penalty != 0.0 || self.repetition_penalty != 1.0;
+        self.logit_bias.is_empty() && !has_penalties
     }
 }
 
@@ -86,16 +93,62 @@ pub struct SampleRow<'a> {
     pub num_logprobs: Option<u32>,
 }
 
+/// What bias, penalties and bans do to one token's logit.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LogitEdit {
+    /// Token id.
+    pub token: u32,
+    /// Added first; minus infinity for a banned token.
+    pub bias: f32,
+    /// Then divides a positive logit and multiplies any other.
+    pub repetition: f32,
+    /// Then taken away.
+    pub subtracted: f32,
+}
+
+impl LogitEdit {
+    /// The edited logit.
+    pub fn apply(&self, logit: f32) -> f32 {
+        let biased = logit + self.bias;
+        let scaled = if biased > 0.0 { biased / self.repetition } else { biased * self.repetition };
+        scaled - self.subtracted
+    }
+}
+
 impl SampleRow<'_> {
-    /// Whether the likeliest token of the bare logits is all that is wanted.
-    pub fn wants_likeliest(&self) -> bool {
+    /// The draw for the token that comes next.
+    pub fn uniform(&self) -> f64 {
+        uniform(self.params.seed, self.output.len() as u64)
+    }
+
+    /// What is done to the logits before a token is taken, each token once, in no order.
+    pub fn edits(&self) -> impl Iterator<Item = LogitEdit> + use<> {
         let params = self.params;
-        let is_greedy = params.temperature == 0.0 || params.top_k == 1;
-        is_greedy
-            && params.leaves_logits()
-            && self.banned.is_empty()
-            && self.forced.is_none()
-            && self.num_logprobs.is_none()
+        let mut edits: HashMap<u32, LogitEdit> = HashMap::new();
+        let mut edit = |token, change: &dyn Fn(&mut LogitEdit)| {
+            let untouched = LogitEdit { token, bias: 0.0, repetition: 1.0, subtracted: 0.0 };
+            change(edits.entry(token).or_insert(untouched));
+        };
+        for &(token, bias) in &params.logit_bias {
+            edit(token, &|edit| edit.bias += bias);
+        }
+        if params.repetition_penalty != 1.0 {
+            for &token in self.prompt.iter().chain(self.output) {
+                edit(token, &|edit| edit.repetition = params.repetition_penalty);
+            }
+        }
+        if params.presence_penalty != 0.0 || params.frequency_penalty != 0.0 {
+            let mut counts: HashMap<u32, u32> = HashMap::new();
+            self.output.iter().for_each(|&token| *counts.entry(token).or_default() += 1);
+            for (token, count) in counts {
+                let subtracted = params.presence_penalty + params.frequency_penalty * count as f32;
+                edit(token, &|edit| edit.subtracted = subtracted);
+            }
+        }
+        for &token in self.banned {
+            edit(token, &|edit| edit.bias = f32::NEG_INFINITY);
+        }
+        edits.into_values()
     }
 }
 
@@ -186,40 +239,52 @@ fn take_token(logits: &[f32], max: f32, row: &SampleRow<'_>) -> Result<u32, NonF
 /// Takes one token from logits that nothing more is added to.
 fn take_adjusted(logits: &[f32], max: f32, row: &SampleRow<'_>) -> u32 {
     let params = row.params;
-    if params.temperature == 0.0 || params.top_k == 1 {
+    if params.is_greedy() {
         return first_of(logits, max);
     }
-    let candidates = Candidates::new(logits, max, params.temperature).keep_top_k(params.top_k);
-    let candidates = candidates.keep_top_p(params.top_p).keep_min_p(params.min_p);
-    candidates.draw(uniform(params.seed, row.output.len() as u64))
+    let weights = weights::weights(logits, max, weight_scale(params.temperature));
+    let uniform = row.uniform();
+    let least_weight = least_weight(params.min_p);
+    let Some(mut kept) = keep_heaviest(&weights, params) else {
+        return weights::draw(&weights, least_weight, uniform);
+    };
+    kept.retain(|&(_, weight)| weight >= least_weight);
+    weights::draw_of(kept, uniform)
+}
+
+/// What top-k and then top-p keep; `None` if they keep all.
+fn keep_heaviest(weights: &[u32], params: &SampleParams) -> Option<Vec<Weighted>> {
+    let top_k = Some(params.top_k as usize).filter(|&k| k > 0 && k < weights.len());
+    let wanted = |total: u64| (f64::from(params.top_p) * total as f64).ceil() as u64;
+    match (top_k, params.top_p < 1.0) {
+        (None, false) => None,
+        (None, true) => {
+            let wanted = wanted(weights::total(weights.iter().copied()));
+            Some(weights::heaviest(weights, |_, sum| sum >= wanted))
+        }
+        (Some(k), limits_sum) => {
+            let mut kept = weights::heaviest(weights, |count, _| count >= k);
+            if limits_sum {
+                let wanted = wanted(weights::total(kept.iter().map(|&(_, weight)| weight)));
+                let mut sum = 0;
+                let reaches = |&(_, weight): &Weighted| {
+                    sum += u64::from(weight);
+                    sum >= wanted
+                };
+                let last = kept.iter().position(reaches).expect("a share of the sum is reached");
+                kept.truncate(last + 1);
+            }
+            Some(kept)
+        }
+    }
 }
 
 /// The logits after bias, penalties and bans.
 fn adjust(logits: &[f32], row: &SampleRow<'_>) -> Vec<f32> {
-    let params = row.params;
     let mut logits = logits.to_vec();
-    for &(token, bias) in &params.logit_bias {
-        logits[token as usize] += bias;
-    }
-    if params.has_penalties() {
-        let mut output_counts: HashMap<u32, u32> = HashMap::new();
-        row.output.iter().for_each(|&token| *output_counts.entry(token).or_default() += 1);
-        let mut seen = output_counts.clone();
-        row.prompt.iter().for_each(|&token| *seen.entry(token).or_default() += 1);
-        for &token in seen.keys() {
-            let logit = &mut logits[token as usize];
-            *logit = if *logit > 0.0 {
-                *logit / params.repetition_penalty
-            } else {
-                *logit * params.repetition_penalty
-            };
-        }
-        for (&token, &count) in &output_counts {
-            logits[token as usize] -= params.presence_penalty + params.frequency_penalty * count as f32;
-        }
-    }
-    for &token in row.banned {
-        logits[token as usize] = f32::NEG_INFINITY;
+    for edit in row.edits() {
+        let logit = &mut logits[edit.token as usize];
+        *logit = edit.apply(*logit);
     }
     logits
 }
@@ -246,84 +311,6 @@ fn likeliest(logits: &[f32], count: usize) -> Vec<u32> {
     }
     tokens.sort_unstable_by(order);
     tokens
-}
-
-/// The tokens still in the draw with their unnormalised probabilities.
-///
-/// Sorted by falling probability once a filter has asked for it, by token id until then; either way the
-/// order, and so the rounding of every sum, depends on the row alone.
-struct Candidates {
-    tokens: Vec<(u32, f64)>,
-    sorted: bool,
-}
-
-impl Candidates {
-    fn new(logits: &[f32], max: f32, temperature: f32) -> Self {
-        let probability = |logit: f32| (f64::from(logit - max) / f64::from(temperature)).exp();
-        let tokens = logits.iter().zip(0..).map(|(&logit, token)| (token, probability(logit)));
-        Self { tokens: tokens.filter(|&(_, p)| p > 0.0).collect(), sorted: false }
-    }
-
-    fn by_falling_probability(a: &(u32, f64), b: &(u32, f64)) -> std::cmp::Ordering {
-        b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
-    }
-
-    fn keep_top_k(mut self, top_k: u32) -> Self {
-        let top_k = top_k as usize;
-        if top_k == 0 || top_k >= self.tokens.len() {
-            return self;
-        }
-        self.tokens.select_nth_unstable_by(top_k - 1, Self::by_falling_probability);
-        self.tokens.truncate(top_k);
-        self.sort()
-    }
-
-    fn keep_top_p(mut self, top_p: f32) -> Self {
-        if top_p >= 1.0 {
-            return self;
-        }
-        self = self.sort();
-        let wanted = f64::from(top_p) * self.total();
-        let mut sum = 0.0;
-        let reaches = |(_, p): &(u32, f64)| {
-            sum += p;
-            sum >= wanted
-        };
-        if let Some(last) = self.tokens.iter().position(reaches) {
-            self.tokens.truncate(last + 1);
-        }
-        self
-    }
-
-    fn keep_min_p(mut self, min_p: f32) -> Self {
-        // The likeliest token has probability exp(0) = 1 before normalisation.
-        self.tokens.retain(|&(_, p)| p >= f64::from(min_p));
-        self
-    }
-
-    fn draw(self, uniform: f64) -> u32 {
-        let target = uniform * self.total();
-        let mut sum = 0.0;
-        for &(token, p) in &self.tokens {
-            sum += p;
-            if target < sum {
-                return token;
-            }
-        }
-        self.tokens.last().expect("the likeliest token is never filtered out").0
-    }
-
-    fn total(&self) -> f64 {
-        self.tokens.iter().map(|&(_, p)| p).sum()
-    }
-
-    fn sort(mut self) -> Self {
-        if !self.sorted {
-            self.tokens.sort_unstable_by(Self::by_falling_probability);
-            self.sorted = true;
-        }
-        self
-    }
 }
 
 /// The draw for the `index`-th generated token of a sequence with this seed, in `0.0..1.0` with 53 bits.

@@ -81,13 +81,13 @@ pub(crate) fn by_file(capability: Capability) -> Vec<(&'static str, Vec<&'static
         ("combine_experts", vec!["combine_experts"]),
         ("embed", vec!["embed"]),
         ("gather_rows", vec!["gather_rows"]),
-        ("greedy", vec!["greedy"]),
         (grouped_gemm, tiles(has_wgmma).iter().flat_map(|tile| tile.kernels).collect()),
         ("place_weights", vec!["place_rows", "place_dummy"]),
         ("read_sweep", vec!["read_sweep"]),
         ("rms_norm", vec!["rms_norm", "add_rms_norm"]),
         ("rope_store_kv", vec!["rope_store_kv"]),
         ("route", vec!["route"]),
+        ("sample", vec!["sample"]),
     ]
 }
 
@@ -210,4 +210,39 @@ pub(crate) struct FoldItem {
     pub(crate) first_partial: i32,
     pub(crate) chunk_rows: i32,
     pub(crate) num_chunks: i32,
+}
+
+/// `SampleRow` of `sample.cu`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+pub(crate) struct SampleArguments {
+    pub(crate) top_p: f64,
+    pub(crate) uniform: f64,
+    pub(crate) scale: f32,
+    pub(crate) top_k: u32,
+    pub(crate) least_weight: u32,
+    pub(crate) forced: u32,
+    pub(crate) first_edit: i32,
+    pub(crate) num_edits: i32,
+    pub(crate) num_top: i32,
+    pub(crate) padding: i32,
+}
+
+/// `LogitEdit` of `sample.cu`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+pub(crate) struct EditArguments {
+    pub(crate) token: u32,
+    pub(crate) bias: f32,
+    pub(crate) repetition: f32,
+    pub(crate) subtracted: f32,
+}
+
+/// `TokenLogprob` of `sample.cu`.
+#[repr(C)]
+#[derive(Debug, Default, Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+pub(crate) struct LogprobResult {
+    pub(crate) token: u32,
+    pub(crate) logprob: f32,
+    pub(crate) rank: u32,
 }

@@ -13,13 +13,13 @@ mod images;
 mod kernels;
 mod probe;
 mod products;
+mod sample;
 mod step;
 mod tensor;
 mod weights;
 
 use std::path::PathBuf;
 
-use backend::sampling::sample_row;
 use backend::{
     AttentionShape, Backend, BackendError, Batch, DType, ExpertsView, MatrixUse, NonFiniteLogits, RopeTable,
     RouteShape, SampleRow, Sampled, StepShape, WeightView,
@@ -31,6 +31,7 @@ use crate::device::{Buffer, Device, Grid};
 use crate::graphs::{Graphs, RecordedShape};
 use crate::kernels::{AttentionArguments, Epilogue, KvArguments, NormShape, RouteArguments, RoutingTables};
 use crate::products::{Rows, multiply};
+use crate::sample::Sampler;
 use crate::step::StepBuffers;
 use crate::tensor::{element_bytes, stride};
 use crate::weights::Uploader;
@@ -46,8 +47,6 @@ const MAX_EXPERTS: usize = 256;
 const MAX_TOP_K: usize = 64;
 /// Numbers that the offsets of all layers' experts may take: 128 layers of 256 experts twice over.
 const MAX_OFFSETS: usize = 1 << 16;
-/// What `greedy.cu` writes for a row that no token can be taken of.
-const NO_TOKEN: u32 = u32::MAX;
 /// Sweeps over memory, of which the fastest counts.
 const SWEEPS: usize = 5;
 /// A window that no context reaches.
@@ -84,10 +83,10 @@ pub struct Cuda {
     offsets: Buffer,
     num_offsets: usize,
     host_offsets: Vec<u32>,
-    /// The likeliest token of each row.
-    greedy: Option<Buffer>,
     batch_logits: usize,
-    sampled: Vec<Option<Result<Sampled, NonFiniteLogits>>>,
+    sampler: Sampler,
+    /// What kept a verb from being launched, until the step is finished.
+    failure: Option<BackendError>,
 }
 
 /// Maxima and sums, and outputs, of chunks of attention.
@@ -152,9 +151,9 @@ impl Cuda {
             offsets,
             num_offsets: 0,
             host_offsets: Vec::new(),
-            greedy: None,
             batch_logits: 0,
-            sampled: Vec::new(),
+            sampler: Sampler::default(),
+            failure: None,
         })
     }
 
@@ -215,17 +214,6 @@ impl Cuda {
 
     fn offsets_of(&self, routing: &Routing) -> u64 {
         self.offsets.address + (routing.first_offset * size_of::<u32>()) as u64
-    }
-
-    /// Rows of logits that need more than the likeliest token are read back and sampled on the host.
-    fn sample_on_host(&mut self, logits: &Tensor, rows: &[SampleRow<'_>]) {
-        let mut values = vec![0.0; logits.features];
-        for (index, row) in rows.iter().enumerate() {
-            if !row.wants_likeliest() {
-                self.device.read(&logits.buffer, index * logits.stride * size_of::<f32>(), &mut values);
-                self.sampled[index] = Some(sample_row(&values, row));
-            }
-        }
     }
 }
 
@@ -382,12 +370,7 @@ impl Backend for Cuda {
             Some(shape) => self.plan.make(shape, batch),
             None => self.plan = Plan::default(),
         }
-        self.sampled.clear();
         self.batch_logits = batch.logits_indices.len();
-        let greedy_bytes = self.batch_logits.next_power_of_two() * size_of::<u32>();
-        if self.greedy.as_ref().is_none_or(|greedy| greedy.num_bytes() < greedy_bytes) {
-            self.greedy = Some(self.device.allocate("sampled tokens", greedy_bytes)?);
-        }
         self.step.write(&mut self.device, batch, &self.plan)?;
         Ok(batch.shape())
     }
@@ -590,24 +573,16 @@ impl Backend for Cuda {
 
     fn sample(&mut self, logits: &Tensor, rows: &[SampleRow<'_>]) {
         assert_eq!(rows.len(), self.batch_logits);
-        let (from, to) =
-            (logits.rows(rows.len(), DType::F32), self.greedy.as_ref().expect("a step was begun").address);
-        let [vocab, stride] = [logits.features, logits.stride].map(|n| n as i32);
-        self.device.launch("greedy", Grid::new(rows.len(), 1024), &[&from, &vocab, &stride, &to]);
-        self.sampled.resize(rows.len(), None);
-        self.sample_on_host(logits, rows);
+        let launched = self.sampler.launch(&mut self.device, logits, rows);
+        self.failure = launched.err();
     }
 
     fn finish_step(&mut self) -> Result<Vec<Result<Sampled, NonFiniteLogits>>, BackendError> {
-        let mut tokens = vec![0; self.sampled.len()];
-        if let Some(greedy) = &self.greedy {
-            self.device.read(greedy, 0, &mut tokens);
-        }
+        let sampled = self.sampler.read(&mut self.device);
         self.host_offsets.resize(self.num_offsets, 0);
         self.device.read(&self.offsets, 0, &mut self.host_offsets);
         self.device.check()?;
-        let sampled = self.sampled.drain(..).zip(tokens);
-        Ok(sampled.map(|(sampled, token)| sampled.unwrap_or_else(|| likeliest(token))).collect())
+        self.failure.take().map_or(Ok(sampled), Err)
     }
 
     fn read_routing(&mut self, routing: &Routing) -> backend::Routing {
@@ -629,12 +604,4 @@ impl Backend for Cuda {
             *count += u64::from(ends[1] - ends[0]);
         }
     }
-}
-
-/// What the kernel says of a row.
-fn likeliest(token: u32) -> Result<Sampled, NonFiniteLogits> {
-    if token == NO_TOKEN {
-        return Err(NonFiniteLogits);
-    }
-    Ok(Sampled { token, logprob: None, top_logprobs: Vec::new() })
 }

@@ -1,0 +1,137 @@
+//! Sampling on the device: what the rows ask for on its way there, the tokens and log-probabilities on their way back.
+
+use backend::sampling::LogitEdit;
+use backend::sampling::weights::{least_weight, weight_scale};
+use backend::{BackendError, DType, NonFiniteLogits, SampleRow, Sampled, TokenLogprob};
+
+use crate::device::{Buffer, Device, Grid};
+use crate::kernels::{EditArguments, LogprobResult, SampleArguments};
+use crate::tensor::Tensor;
+
+/// Likeliest tokens that the kernel reports at most.
+const MAX_TOP: usize = 32;
+/// What the kernel knows as no token: none is forced, or none can be taken.
+const NO_TOKEN: u32 = u32::MAX;
+const NO_LOGPROBS: i32 = -1;
+const THREADS: u32 = 1024;
+
+/// One step's rows, on the host and on the device; what is on the device grows while the first steps run.
+#[derive(Default)]
+pub(crate) struct Sampler {
+    rows: Vec<SampleArguments>,
+    edits: Vec<EditArguments>,
+    device: Option<Buffers>,
+    tokens: Vec<u32>,
+    logprobs: Vec<LogprobResult>,
+}
+
+struct Buffers {
+    rows: Buffer,
+    edits: Buffer,
+    /// f32: the logits that were edited.
+    originals: Buffer,
+    tokens: Buffer,
+    /// `[rows, 1 + MAX_TOP]`.
+    logprobs: Buffer,
+}
+
+impl Buffers {
+    fn allocate(device: &mut Device, num_rows: usize, num_edits: usize) -> Result<Self, BackendError> {
+        let (num_rows, num_edits) = (num_rows.next_power_of_two(), num_edits.next_power_of_two());
+        let logprob_bytes = (1 + MAX_TOP) * size_of::<LogprobResult>();
+        let mut allocate = |count, bytes| device.allocate("sampling", count * bytes);
+        Ok(Self {
+            rows: allocate(num_rows, size_of::<SampleArguments>())?,
+            edits: allocate(num_edits, size_of::<EditArguments>())?,
+            originals: allocate(num_edits, size_of::<f32>())?,
+            tokens: allocate(num_rows, size_of::<u32>())?,
+            logprobs: allocate(num_rows, logprob_bytes)?,
+        })
+    }
+
+    fn have_room(&self, rows: &[SampleArguments], edits: &[EditArguments]) -> bool {
+        self.rows.num_bytes() >= size_of_val(rows) && self.edits.num_bytes() >= size_of_val(edits)
+    }
+}
+
+impl Sampler {
+    /// Launches the sampling of rows of logits, which must not be touched before [`Self::read`].
+    ///
+    /// # Errors
+    /// If there is no memory for the largest step so far.
+    pub(crate) fn launch(
+        &mut self,
+        device: &mut Device,
+        logits: &Tensor,
+        rows: &[SampleRow<'_>],
+    ) -> Result<(), BackendError> {
+        self.rows.clear();
+        self.edits.clear();
+        rows.iter().for_each(|row| self.push(row));
+        let buffers = match self.device.take() {
+            Some(buffers) if buffers.have_room(&self.rows, &self.edits) => buffers,
+            _ => Buffers::allocate(device, self.rows.len(), self.edits.len())?,
+        };
+        device.write_later(&buffers.rows, 0, &self.rows);
+        device.write_later(&buffers.edits, 0, &self.edits);
+        let [vocab, stride] = [logits.features, logits.stride].map(|n| n as i32);
+        let from = logits.rows(rows.len(), DType::F32);
+        let Buffers { rows, edits, originals, tokens, logprobs } = &buffers;
+        let [rows, edits, originals, tokens, logprobs] =
+            [rows, edits, originals, tokens, logprobs].map(|b| b.address);
+        let grid = Grid::new(self.rows.len(), THREADS);
+        device.launch(
+            "sample",
+            grid,
+            &[&from, &vocab, &stride, &rows, &edits, &originals, &tokens, &logprobs],
+        );
+        self.device = Some(buffers);
+        Ok(())
+    }
+
+    fn push(&mut self, row: &SampleRow<'_>) {
+        let (params, first_edit) = (row.params, self.edits.len());
+        self.edits.extend(row.edits().map(|LogitEdit { token, bias, repetition, subtracted }| {
+            EditArguments { token, bias, repetition, subtracted }
+        }));
+        self.rows.push(SampleArguments {
+            top_p: params.top_p.into(),
+            uniform: row.uniform(),
+            scale: if params.is_greedy() { 0.0 } else { weight_scale(params.temperature) },
+            top_k: params.top_k,
+            least_weight: least_weight(params.min_p),
+            forced: row.forced.unwrap_or(NO_TOKEN),
+            first_edit: first_edit as i32,
+            num_edits: (self.edits.len() - first_edit) as i32,
+            num_top: row.num_logprobs.map_or(NO_LOGPROBS, |count| count.min(MAX_TOP as u32) as i32),
+            padding: 0,
+        });
+    }
+
+    /// Waits, and returns what was taken since the last call.
+    pub(crate) fn read(&mut self, device: &mut Device) -> Vec<Result<Sampled, NonFiniteLogits>> {
+        let Some(buffers) = &self.device else { return Vec::new() };
+        let wants_logprobs = self.rows.iter().any(|row| row.num_top != NO_LOGPROBS);
+        self.tokens.resize(self.rows.len(), 0);
+        self.logprobs.resize(
+            if wants_logprobs { self.rows.len() * (1 + MAX_TOP) } else { 0 },
+            LogprobResult::default(),
+        );
+        device.read(&buffers.logprobs, 0, &mut self.logprobs);
+        device.read(&buffers.tokens, 0, &mut self.tokens);
+        let rows = self.rows.drain(..).zip(&self.tokens).enumerate();
+        rows.map(|(index, (row, &token))| {
+            if token == NO_TOKEN {
+                return Err(NonFiniteLogits);
+            }
+            let Ok(num_top) = usize::try_from(row.num_top) else {
+                return Ok(Sampled { token, logprob: None, top_logprobs: Vec::new() });
+            };
+            let reported = self.logprobs[index * (1 + MAX_TOP)..][..=num_top].iter();
+            let mut reported =
+                reported.map(|&LogprobResult { token, logprob, rank }| TokenLogprob { token, logprob, rank });
+            Ok(Sampled { token, logprob: reported.next(), top_logprobs: reported.collect() })
+        })
+        .collect()
+    }
+}
