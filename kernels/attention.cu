@@ -127,8 +127,8 @@ DEVICE QueryRow query_row(const AttentionItem& item, const KvShape& kv, int kv_h
           item.first_position + token};
 }
 
-// Writes the warp's 16 queries to shared memory; rows that do not exist and features beyond the head are zeros. They stay
-// there and not in registers, of which the two accumulators leave too few.
+// Writes the warp's 16 queries to shared memory; rows that do not exist and features beyond the head are zeros. They
+// stay there and not in registers, of which the two accumulators leave too few.
 template <int HEAD>
 DEVICE void load_queries(bf16* queries, const bf16* q, const AttentionShape& shape, const AttentionItem& item,
                          int kv_head) {
@@ -384,8 +384,8 @@ ATTENTION(32)
 ATTENTION(64)
 ATTENTION(128)
 
-// Partial results of one token: those of chunk c start at row `first_partial` + c · `chunk_rows`. Without chunks there is
-// no token.
+// Partial results of one token: those of chunk c start at row `first_partial` + c · `chunk_rows`. Without chunks there
+// is no token.
 struct FoldItem {
   int token;
   int first_partial;

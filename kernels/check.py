@@ -21,8 +21,10 @@ OPTIONS = ["--std=c++17", "--ptxas-options=-v", "--ptxas-options=--warn-on-spill
 SUSPICIOUS = re.compile(r"spill|Performance Loss|C75\d\d|warning|ignored", re.IGNORECASE)
 # Instructions that machine code must contain: (pattern of the kernel's name, target or None for all, names).
 EXPECTED_SASS = [
-    (r"wgmma_\w+", "sm_90a", ["HGMMA", "UTMALDG"]),
-    (r"mma_\w+", None, ["HMMA", "LDSM", "LDGSTS"]),
+    (r"wgmma_(f32|bf16|swiglu)_\d+", "sm_90a", ["HGMMA", "UTMALDG"]),
+    (r"wgmma_e4m3_\w+", "sm_90a", ["QGMMA", "UTMALDG"]),
+    (r"mma_(f32|bf16|swiglu)_\d+", None, ["HMMA", "LDSM", "LDGSTS"]),
+    (r"mma_e4m3_\w+", "sm_89", ["QMMA", "LDSM", "LDGSTS"]),
     (r"attention_\d+", None, ["HMMA", "LDSM", "LDGSTS"]),
 ]
 

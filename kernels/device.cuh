@@ -49,6 +49,23 @@ DEVICE uint32_t pack_bf16(float low, float high) {
 
 DEVICE bf16 to_bf16(float x) { return bf16{static_cast<uint16_t>(pack_bf16(x, 0.0f))}; }
 
+// Four exponent bits, three of mantissa, no infinity, 448 at most: what OCP calls E4M3.
+struct e4m3 {
+  uint8_t bits;
+};
+
+#if __CUDA_ARCH__ >= 890
+#define HAS_E4M3 1
+
+// Two numbers rounded to e4m3 (to nearest, ties to even; what is larger than 448 becomes 448), `low` in the low byte.
+// cvt.rn.satfinite.e4m3x2.f32
+DEVICE uint16_t pack_e4m3(float low, float high) {
+  uint16_t packed;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+#endif
+
 // 2^x to 2 units in the last place; 2^-inf = 0. ex2.approx.ftz.f32
 DEVICE float exp2_approx(float x) {
   float y;
@@ -107,6 +124,17 @@ DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+#ifdef HAS_E4M3
+// d[16, 8] += a[16, 32] · b[32, 8] of e4m3; a register of a fragment holds four elements where m16n8k16 has two.
+// mma.sync
+DEVICE void mma_m16n8k32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+#endif
 
 // ---- Hopper: barriers in memory, bulk tensor copies ------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 // The grouped matrix product where there is no wgmma: mma.sync fed by cp.async, on every GPU from sm_80 on.
 //
 // One block of four warps per tile of 64 weight rows and TOKENS tokens; warp w has weight rows 16 w and all tokens, so
-// its accumulators lie as wgmma's would and the epilogue is shared. A stage is a tile of weights and one of tokens, 64 k
-// wide (shared_tile.cuh).
+// its accumulators lie as wgmma's would and the epilogue is shared. A stage is a tile of weights and one of tokens, 128
+// bytes wide (shared_tile.cuh), of bf16 or, from sm_89 on, of e4m3: fragments of both lie in the same bytes.
 //
 // The launch: a fixed number of blocks walk all tiles; weights [expert][weight_rows][stride], x [rows][stride].
 #include "grouped_gemm.cuh"
@@ -21,24 +21,32 @@ DEVICE void load_tile(bf16* tile, const bf16* rows, int num_valid, int stride) {
   }
 }
 
-template <int TOKENS>
+template <Format FORMAT>
+DEVICE void multiply_tile(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#ifdef HAS_E4M3
+  if constexpr (FORMAT == E4M3) return mma_m16n8k32(d, a, b0, b1);
+#endif
+  mma_m16n8k16(d, a, b0, b1);
+}
+
+template <Format FORMAT, int TOKENS>
 DEVICE void multiply_stage(float (&d)[TOKENS / 2], bf16* weights, bf16* x) {
   int warp = threadIdx.x / WARP;
 #pragma unroll
-  for (int step = 0; step < TILE_K / 16; step++) {
+  for (int step = 0; step < TILE_K / STEP_K; step++) {
     uint32_t a[4];
     load_left<TILE_K>(a, weights, 16 * warp, step);
 #pragma unroll
     for (int j = 0; j < TOKENS / 8; j += 2) {
       uint32_t b[4];
       load_right_pair<TILE_K>(b, x, 8 * j, step);
-      mma_m16n8k16(reinterpret_cast<float(&)[4]>(d[4 * j]), a, b[0], b[1]);
-      mma_m16n8k16(reinterpret_cast<float(&)[4]>(d[4 * j + 4]), a, b[2], b[3]);
+      multiply_tile<FORMAT>(reinterpret_cast<float(&)[4]>(d[4 * j]), a, b[0], b[1]);
+      multiply_tile<FORMAT>(reinterpret_cast<float(&)[4]>(d[4 * j + 4]), a, b[2], b[3]);
     }
   }
 }
 
-template <int TOKENS, Epilogue EPILOGUE>
+template <Format FORMAT, int TOKENS, Epilogue EPILOGUE>
 DEVICE void grouped_gemm(const bf16* weights, const bf16* x, const GroupedShape& shape, void* out) {
   constexpr int STAGE = (64 + TOKENS) * TILE_K;
   DYNAMIC_SHARED(bf16, stages);
@@ -65,23 +73,31 @@ DEVICE void grouped_gemm(const bf16* weights, const bf16* x, const GroupedShape&
       __syncthreads();
       load(step + MMA_STAGES - 1);
       bf16* stage = stages + step % MMA_STAGES * STAGE;
-      multiply_stage<TOKENS>(d, stage, stage + 64 * TILE_K);
+      multiply_stage<FORMAT, TOKENS>(d, stage, stage + 64 * TILE_K);
     }
     cp_async_wait<0>();
     __syncthreads();
-    store_tile<TOKENS, EPILOGUE>(d, shape, tile, tile.weight_row, out);
+    store_tile<FORMAT, TOKENS, EPILOGUE>(d, shape, tile, tile.weight_row, out);
   }
 }
 
-#define GROUPED_GEMM_MMA(NAME, TOKENS, EPILOGUE)                                                   \
+#define GROUPED_GEMM_MMA(NAME, FORMAT, TOKENS, EPILOGUE)                                           \
   KERNEL(MMA_THREADS, NAME)(const bf16* weights, const bf16* x, GroupedShape shape, void* out) { \
-    grouped_gemm<TOKENS, EPILOGUE>(weights, x, shape, out);                                        \
+    grouped_gemm<FORMAT, TOKENS, EPILOGUE>(weights, x, shape, out);                                \
   }                                                                                                \
   REGISTER_KERNEL(NAME)
 
-GROUPED_GEMM_MMA(mma_f32_16, 16, STORE_F32)
-GROUPED_GEMM_MMA(mma_f32_64, 64, STORE_F32)
-GROUPED_GEMM_MMA(mma_bf16_16, 16, STORE_BF16)
-GROUPED_GEMM_MMA(mma_bf16_64, 64, STORE_BF16)
-GROUPED_GEMM_MMA(mma_swiglu_16, 16, SWIGLU)
-GROUPED_GEMM_MMA(mma_swiglu_64, 64, SWIGLU)
+GROUPED_GEMM_MMA(mma_f32_16, BF16, 16, STORE_F32)
+GROUPED_GEMM_MMA(mma_f32_64, BF16, 64, STORE_F32)
+GROUPED_GEMM_MMA(mma_bf16_16, BF16, 16, STORE_BF16)
+GROUPED_GEMM_MMA(mma_bf16_64, BF16, 64, STORE_BF16)
+GROUPED_GEMM_MMA(mma_swiglu_16, BF16, 16, SWIGLU)
+GROUPED_GEMM_MMA(mma_swiglu_64, BF16, 64, SWIGLU)
+#ifdef HAS_E4M3
+GROUPED_GEMM_MMA(mma_e4m3_f32_16, E4M3, 16, STORE_F32)
+GROUPED_GEMM_MMA(mma_e4m3_f32_64, E4M3, 64, STORE_F32)
+GROUPED_GEMM_MMA(mma_e4m3_bf16_16, E4M3, 16, STORE_BF16)
+GROUPED_GEMM_MMA(mma_e4m3_bf16_64, E4M3, 64, STORE_BF16)
+GROUPED_GEMM_MMA(mma_e4m3_swiglu_16, E4M3, 16, SWIGLU)
+GROUPED_GEMM_MMA(mma_e4m3_swiglu_64, E4M3, 64, SWIGLU)
+#endif

@@ -3,14 +3,14 @@
 //   warps 0..4·C    C consumer warpgroups, 64 weight rows each; accumulators in registers
 //   last warp       the producer: one thread keeps a ring of shared-memory stages full
 //
-//   stage           C tiles of weights [64 rows, 64 k] · one tile of tokens [TOKENS, 64 k]        128-byte swizzle
+//   stage           C tiles of weights [64 rows, 128 bytes] · one tile of tokens [TOKENS, 128 bytes], swizzled
 //
-// The producer runs ahead of the consumers, across tiles too, so memory stays busy while a tile is written out. With few
-// tokens per expert this streams weights: about 180 KB of them are in flight on every multiprocessor. With many, two
-// consumers share 256 tokens, and the tensor cores are the limit.
+// The producer runs ahead of the consumers, across tiles too, so memory stays busy while a tile is written out. With
+// few tokens per expert this streams weights: about 180 KB of them are in flight on every multiprocessor. With many,
+// two consumers share 256 tokens, and the tensor cores are the limit.
 //
-// The launch: one block per multiprocessor; STAGES stages of shared memory; maps with boxes of [64 k, 64 rows] over
-// the weights [expert][row][k] and of [64 k, TOKENS] over the tokens [row][k].
+// The launch: one block per multiprocessor; STAGES stages of shared memory; maps with boxes of [64 units, 64 rows] over
+// the weights [expert][row][k] and of [64 units, TOKENS] over the tokens [row][k].
 #include "grouped_gemm.cuh"
 
 #ifdef HAS_WGMMA
@@ -57,7 +57,7 @@ DEVICE void produce(const TensorMap* weights, const TensorMap* x, const GroupedS
   }
 }
 
-template <int CONSUMERS, int TOKENS, int STAGES, Epilogue EPILOGUE>
+template <Format FORMAT, int CONSUMERS, int TOKENS, int STAGES, Epilogue EPILOGUE>
 DEVICE void consume(const GroupedShape& shape, void* out, uint8_t* stages, uint64_t* full, uint64_t* empty) {
   using S = Stage<CONSUMERS, TOKENS>;
   int consumer = threadIdx.x / (4 * WARP);
@@ -72,10 +72,15 @@ DEVICE void consume(const GroupedShape& shape, void* out, uint8_t* stages, uint6
       registers_changed(d);
       wgmma_fence();
 #pragma unroll
-      for (int step = 0; step < TILE_K / 16; step++) {
-        wgmma_m64k16<TOKENS>(d, wgmma_descriptor(stage + consumer * S::WEIGHT_TILE_BYTES + 32 * step),
-                             wgmma_descriptor(stage + CONSUMERS * S::WEIGHT_TILE_BYTES + 32 * step),
-                             k > 0 || step > 0);
+      for (int step = 0; step < TILE_K / STEP_K; step++) {
+        uint64_t left = wgmma_descriptor(stage + consumer * S::WEIGHT_TILE_BYTES + 32 * step);
+        uint64_t right = wgmma_descriptor(stage + CONSUMERS * S::WEIGHT_TILE_BYTES + 32 * step);
+        bool accumulate = k > 0 || step > 0;
+        if constexpr (FORMAT == E4M3) {
+          wgmma_m64k32<TOKENS>(d, left, right, accumulate);
+        } else {
+          wgmma_m64k16<TOKENS>(d, left, right, accumulate);
+        }
       }
       wgmma_commit();
       // The products of the previous stage are done once only this one's are in flight.
@@ -87,11 +92,11 @@ DEVICE void consume(const GroupedShape& shape, void* out, uint8_t* stages, uint6
     wgmma_wait<0>();
     registers_changed(d);
     if (threadIdx.x % WARP == 0) mbarrier_arrive(&empty[previous]);
-    store_tile<TOKENS, EPILOGUE>(d, shape, tile, tile.weight_row + 64 * consumer, out);
+    store_tile<FORMAT, TOKENS, EPILOGUE>(d, shape, tile, tile.weight_row + 64 * consumer, out);
   }
 }
 
-template <int CONSUMERS, int TOKENS, int STAGES, Epilogue EPILOGUE>
+template <Format FORMAT, int CONSUMERS, int TOKENS, int STAGES, Epilogue EPILOGUE>
 DEVICE void grouped_gemm(const TensorMap* weights, const TensorMap* x, const GroupedShape& shape, void* out) {
   DYNAMIC_SHARED(uint8_t, stages);
   __shared__ __align__(8) uint64_t full[STAGES];
@@ -109,28 +114,31 @@ DEVICE void grouped_gemm(const TensorMap* weights, const TensorMap* x, const Gro
       produce<CONSUMERS, TOKENS, STAGES>(weights, x, shape, stages, full, empty);
     }
   } else {
-    consume<CONSUMERS, TOKENS, STAGES, EPILOGUE>(shape, out, stages, full, empty);
+    consume<FORMAT, CONSUMERS, TOKENS, STAGES, EPILOGUE>(shape, out, stages, full, empty);
   }
 }
 
 // A name ends with TOKENS; CONSUMERS and STAGES the host must know by it (tests/gpu/launches.py, TILES).
-#define GROUPED_GEMM(NAME, CONSUMERS, TOKENS, STAGES, EPILOGUE)                                                   \
+#define GROUPED_GEMM(NAME, FORMAT, CONSUMERS, TOKENS, STAGES, EPILOGUE)                                           \
   KERNEL(WARP * (4 * CONSUMERS + 1), NAME)(const __grid_constant__ TensorMap weights,                             \
                                            const __grid_constant__ TensorMap x, GroupedShape shape, void* out) { \
-    grouped_gemm<CONSUMERS, TOKENS, STAGES, EPILOGUE>(&weights, &x, shape, out);                                  \
+    grouped_gemm<FORMAT, CONSUMERS, TOKENS, STAGES, EPILOGUE>(&weights, &x, shape, out);                          \
   }                                                                                                               \
   REGISTER_KERNEL(NAME)
 
-#define GROUPED_GEMMS(EPILOGUE_NAME, EPILOGUE)                             \
-  GROUPED_GEMM(wgmma_##EPILOGUE_NAME##_8, 1, 8, 20, EPILOGUE)              \
-  GROUPED_GEMM(wgmma_##EPILOGUE_NAME##_16, 1, 16, 18, EPILOGUE)            \
-  GROUPED_GEMM(wgmma_##EPILOGUE_NAME##_32, 1, 32, 16, EPILOGUE)            \
-  GROUPED_GEMM(wgmma_##EPILOGUE_NAME##_64, 1, 64, 12, EPILOGUE)            \
-  GROUPED_GEMM(wgmma_##EPILOGUE_NAME##_128, 2, 128, 6, EPILOGUE)           \
-  GROUPED_GEMM(wgmma_##EPILOGUE_NAME##_256, 2, 256, 4, EPILOGUE)
+#define GROUPED_GEMMS(NAME, FORMAT, EPILOGUE)            \
+  GROUPED_GEMM(NAME##_8, FORMAT, 1, 8, 20, EPILOGUE)     \
+  GROUPED_GEMM(NAME##_16, FORMAT, 1, 16, 18, EPILOGUE)   \
+  GROUPED_GEMM(NAME##_32, FORMAT, 1, 32, 16, EPILOGUE)   \
+  GROUPED_GEMM(NAME##_64, FORMAT, 1, 64, 12, EPILOGUE)   \
+  GROUPED_GEMM(NAME##_128, FORMAT, 2, 128, 6, EPILOGUE)  \
+  GROUPED_GEMM(NAME##_256, FORMAT, 2, 256, 4, EPILOGUE)
 
-GROUPED_GEMMS(f32, STORE_F32)
-GROUPED_GEMMS(bf16, STORE_BF16)
-GROUPED_GEMMS(swiglu, SWIGLU)
+GROUPED_GEMMS(wgmma_f32, BF16, STORE_F32)
+GROUPED_GEMMS(wgmma_bf16, BF16, STORE_BF16)
+GROUPED_GEMMS(wgmma_swiglu, BF16, SWIGLU)
+GROUPED_GEMMS(wgmma_e4m3_f32, E4M3, STORE_F32)
+GROUPED_GEMMS(wgmma_e4m3_bf16, E4M3, STORE_BF16)
+GROUPED_GEMMS(wgmma_e4m3_swiglu, E4M3, SWIGLU)
 
 #endif  // HAS_WGMMA

@@ -2,19 +2,19 @@
 // top-k, top-p and min-p; log-probabilities when asked. One block per row, which stays in the cache.
 //
 // A draw is among integers: a token's weight is its probability relative to the likeliest one's in 2^-30ths, from f32
-// operations that are rounded one by one. Integers add up to the same sum in any order, so the token is the one that the
-// host's plain implementation takes, bit for bit, whatever a block's threads add up first. Nothing is sorted: what top-k
-// and top-p keep is the tokens above a weight, found by bisection, and the first few of those that weigh as much.
+// operations that are rounded one by one. Integers add up to the same sum in any order, so the token is the one that
+// the host's plain implementation takes, bit for bit, whatever a block's threads add up first. Nothing is sorted: what
+// top-k and top-p keep is the tokens above a weight, found digit by digit, and the first few of those that weigh as
+// much.
 //
 // A row that cannot be sampled from (a NaN, or no finite largest) gives NO_TOKEN.
 //
 // Source: crates/backend/src/sampling.rs and sampling/weights.rs, which specify all of it.
 #include "device.cuh"
 
-constexpr int SAMPLE_THREADS = 1024;
+constexpr int SAMPLE_THREADS = 1024;  // at most; whole warps, and any number of them does the same
 constexpr int SAMPLE_WARPS = SAMPLE_THREADS / WARP;
 constexpr uint32_t NO_TOKEN = 0xffffffffu;
-constexpr uint32_t LARGEST_WEIGHT = 1u << 30;
 constexpr int MAX_TOP = 32;
 
 // What a row asks for.
@@ -58,10 +58,8 @@ DEVICE T block_combine(T value, T (&of_warp)[SAMPLE_WARPS], Combine combine) {
   }
   if (threadIdx.x % WARP == 0) of_warp[threadIdx.x / WARP] = value;
   __syncthreads();
-  value = of_warp[threadIdx.x % WARP];
-  for (int offset = WARP / 2; offset > 0; offset /= 2) {
-    value = combine(value, __shfl_xor_sync(ALL_LANES, value, offset));
-  }
+  value = of_warp[0];
+  for (uint32_t warp = 1; warp < blockDim.x / WARP; warp++) value = combine(value, of_warp[warp]);
   __syncthreads();
   return value;
 }
@@ -91,7 +89,7 @@ struct Row {
   DEVICE uint64_t best_below(uint64_t limit) const {
     __shared__ uint64_t of_warp[SAMPLE_WARPS];
     uint64_t best = 0;
-    for (int token = threadIdx.x; token < vocab; token += SAMPLE_THREADS) {
+    for (int token = threadIdx.x; token < vocab; token += blockDim.x) {
       uint64_t key = order_key(logits[token], token);
       if (key < limit && key > best) best = key;
     }
@@ -119,19 +117,23 @@ DEVICE float exp2_series(float x) {
   return sum;
 }
 
-// A row's weights, and which of its tokens are still in the draw: those above a weight, and those that weigh as much
-// and come before a token.
+// Which tokens are still in the draw: those above a weight, and those that weigh as much and come before a token.
+struct Kept {
+  uint32_t weight;
+  int ties_end;
+
+  // What a token adds to the sum.
+  DEVICE uint64_t operator()(uint32_t of_token, int token) const {
+    return of_token > weight || (of_token == weight && token < ties_end) ? of_token : 0;
+  }
+};
+
+// A row's weights, and what is left of them.
 struct Draw {
   Row row;
   float largest;
   float scale;
-  uint32_t threshold;
-  int ties_end;
-
-  struct Total {
-    uint64_t weight;
-    uint32_t count;
-  };
+  Kept kept;
 
   DEVICE uint32_t weight_of(int token) const {
     constexpr float ROUNDS = 12582912.0f, LEAST_EXPONENT = -64.0f;
@@ -143,35 +145,59 @@ struct Draw {
     return static_cast<uint32_t>(__float2int_rz(__fadd_rn(weight, 0.5f)));
   }
 
-  DEVICE bool keeps(int token, uint32_t weight) const {
-    return weight > threshold || (weight == threshold && token < ties_end);
+  // The sum of the amounts of all tokens.
+  template <class Amount>
+  DEVICE uint64_t sum(Amount amount) const {
+    uint64_t sum = 0;
+    for (int token = threadIdx.x; token < row.vocab; token += blockDim.x) sum += amount(weight_of(token), token);
+    return block_sum(sum);
   }
 
-  // Of the tokens of at least `least`.
-  DEVICE Total total_from(uint32_t least) const {
-    Total total = {0, 0};
-    for (int token = threadIdx.x; token < row.vocab; token += SAMPLE_THREADS) {
-      uint32_t weight = weight_of(token);
-      if (weight < least) continue;
-      total.weight += weight;
-      total.count++;
-    }
-    return {block_sum(total.weight), block_sum(total.count)};
-  }
+  // A weight, and the amounts of what weighs more.
+  struct Cut {
+    uint32_t weight;
+    uint64_t above;
+  };
 
-  // The largest weight from which on tokens are `enough`; `low` is known to be one.
-  template <class Enough>
-  DEVICE uint32_t bisect(uint32_t low, Enough enough) const {
-    uint32_t high = LARGEST_WEIGHT + 1;
-    while (high - low > 1) {
-      uint32_t middle = low + (high - low) / 2;
-      (enough(total_from(middle)) ? low : high) = middle;
+  // The largest weight from which on the amounts of tokens add up to `wanted`; all of them together are known to.
+  //
+  // A digit of eight bits at a time, from the top: each pass adds the amounts of the tokens that have the digits found
+  // so far, by their next one. Most tokens weigh next to nothing and would queue for one counter, that of the zero,
+  // which nobody needs: what no larger digit reaches, zero does.
+  template <class Amount>
+  DEVICE Cut cut(uint64_t wanted, Amount amount) const {
+    constexpr int DIGITS = 256, GROUP = 16, TOP_SHIFT = 24;
+    __shared__ unsigned long long of_digit[DIGITS], of_group[DIGITS / GROUP];
+    Cut found = {0, 0};
+    for (int shift = TOP_SHIFT; shift >= 0; shift -= 8) {
+      for (int digit = threadIdx.x; digit < DIGITS; digit += blockDim.x) of_digit[digit] = 0;
+      __syncthreads();
+      for (int token = threadIdx.x; token < row.vocab; token += blockDim.x) {
+        uint32_t weight = weight_of(token), digit = weight >> shift & (DIGITS - 1);
+        bool has_digits = shift == TOP_SHIFT || weight >> (shift + 8) == found.weight >> (shift + 8);
+        if (!has_digits || digit == 0) continue;
+        unsigned long long added = amount(weight, token);
+        atomicAdd(&of_digit[digit], added);
+      }
+      __syncthreads();
+      if (threadIdx.x < DIGITS / GROUP) {
+        unsigned long long sum = 0;
+        for (int i = 0; i < GROUP; i++) sum += of_digit[threadIdx.x * GROUP + i];
+        of_group[threadIdx.x] = sum;
+      }
+      __syncthreads();
+      int group = DIGITS / GROUP - 1;
+      while (group > 0 && found.above + of_group[group] < wanted) found.above += of_group[group--];
+      uint32_t digit = GROUP * group + GROUP - 1;
+      while (digit > 0 && found.above + of_digit[digit] < wanted) found.above += of_digit[digit--];
+      found.weight |= digit << shift;
+      __syncthreads();
     }
-    return low;
+    return found;
   }
 
   // A warp's part of the tokens, in the order of its tokens and of the warps.
-  DEVICE int part_tokens() const { return ceil_div(ceil_div(row.vocab, SAMPLE_WARPS), WARP) * WARP; }
+  DEVICE int part_tokens() const { return ceil_div(row.vocab, blockDim.x) * WARP; }
 
   // Where the amounts of tokens, added up by rising token, exceed `target`; their sum is known to.
   template <class Amount>
@@ -180,17 +206,18 @@ struct Draw {
     __shared__ int found;
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     int begin = warp * part_tokens(), end = min(begin + part_tokens(), row.vocab);
-    uint64_t sum = 0;
-    for (int token = begin + lane; token < end; token += WARP) sum += amount(token);
-    for (int offset = WARP / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, offset);
-    if (lane == 0) of_part[warp] = sum;
+    uint64_t total = 0;
+    for (int token = begin + lane; token < end; token += WARP) total += amount(weight_of(token), token);
+    for (int offset = WARP / 2; offset > 0; offset /= 2) total += __shfl_xor_sync(ALL_LANES, total, offset);
+    if (lane == 0) of_part[warp] = total;
     __syncthreads();
     int part = 0;
     while (target >= of_part[part]) target -= of_part[part++];
     if (part == warp) {
       // Steps of a warp until the one that exceeds; then the first lane in it.
       for (int first = begin;; first += WARP) {
-        uint64_t running = first + lane < end ? amount(first + lane) : 0;
+        int token = first + lane;
+        uint64_t running = token < end ? amount(weight_of(token), token) : 0;
         for (int offset = 1; offset < WARP; offset *= 2) {
           uint64_t before = __shfl_up_sync(ALL_LANES, running, offset);
           if (lane >= offset) running += before;
@@ -211,57 +238,39 @@ struct Draw {
 
   // Keeps what weighs more than `weight`, and the first `num_ties` of what weighs as much.
   DEVICE void keep(uint32_t weight, uint64_t num_ties) {
-    threshold = weight;
-    ties_end = 1 + find(num_ties - 1, [&](int token) -> uint64_t { return weight_of(token) == weight ? 1 : 0; });
+    int last = find(num_ties - 1, [=](uint32_t of_token, int) -> uint64_t { return of_token == weight ? 1 : 0; });
+    kept = {weight, last + 1};
   }
 
   DEVICE void keep_top_k(uint32_t top_k) {
-    if (total_from(1).count < top_k) return;
-    uint32_t weight = bisect(1, [&](Total total) { return total.count >= top_k; });
-    keep(weight, top_k - total_from(weight + 1).count);
+    auto one = [](uint32_t weight, int) -> uint64_t { return weight > 0 ? 1 : 0; };
+    if (sum(one) < top_k) return;
+    Cut found = cut(top_k, one);
+    keep(found.weight, top_k - found.above);
   }
 
-  DEVICE void keep_top_p(double top_p, uint64_t kept) {
-    uint64_t wanted = static_cast<uint64_t>(ceil(top_p * static_cast<double>(kept)));
-    uint32_t weight = threshold;
-    uint64_t above = total_from(threshold + 1).weight;
-    if (above >= wanted) {
-      weight = bisect(threshold + 1, [&](Total total) { return total.weight >= wanted; });
-      above = total_from(weight + 1).weight;
-    }
-    keep(weight, (wanted - above + weight - 1) / weight);
+  DEVICE void keep_top_p(double top_p) {
+    uint64_t wanted = static_cast<uint64_t>(ceil(top_p * static_cast<double>(sum(kept))));
+    Cut found = cut(wanted, kept);
+    keep(found.weight, (wanted - found.above + found.weight - 1) / found.weight);
   }
 
   DEVICE void keep_min_p(uint32_t least_weight) {
-    if (threshold >= least_weight) return;
-    threshold = least_weight - 1;
-    ties_end = 0;
-  }
-
-  DEVICE uint64_t kept_weight() const {
-    uint64_t sum = 0;
-    for (int token = threadIdx.x; token < row.vocab; token += SAMPLE_THREADS) {
-      uint32_t weight = weight_of(token);
-      if (keeps(token, weight)) sum += weight;
-    }
-    return block_sum(sum);
+    if (kept.weight < least_weight) kept = {least_weight - 1, 0};
   }
 
   DEVICE uint32_t take(double uniform) const {
-    uint64_t total = kept_weight();
+    uint64_t total = sum(kept);
     uint64_t target = static_cast<uint64_t>(uniform * static_cast<double>(total));
     if (target >= total) target = total - 1;  // the product may round up
-    return find(target, [&](int token) -> uint64_t {
-      uint32_t weight = weight_of(token);
-      return keeps(token, weight) ? weight : 0;
-    });
+    return find(target, kept);
   }
 };
 
 DEVICE uint32_t draw_token(const Row& row, uint32_t likeliest, const SampleRow& wanted) {
-  Draw draw = {row, row.logits[likeliest], wanted.scale, 0, 0};
+  Draw draw = {row, row.logits[likeliest], wanted.scale, {0, 0}};
   if (wanted.top_k > 0 && wanted.top_k < static_cast<uint32_t>(row.vocab)) draw.keep_top_k(wanted.top_k);
-  if (wanted.top_p < 1.0) draw.keep_top_p(wanted.top_p, draw.kept_weight());
+  if (wanted.top_p < 1.0) draw.keep_top_p(wanted.top_p);
   draw.keep_min_p(wanted.least_weight);
   return draw.take(wanted.uniform);
 }
@@ -271,7 +280,7 @@ DEVICE uint32_t draw_token(const Row& row, uint32_t likeliest, const SampleRow& 
 // Changes the logits of the edited tokens, each once, and keeps what they were.
 DEVICE void edit_logits(float* logits, const LogitEdit* edits, float* originals, int num_edits) {
   __syncthreads();
-  for (int i = threadIdx.x; i < num_edits; i += SAMPLE_THREADS) {
+  for (int i = threadIdx.x; i < num_edits; i += blockDim.x) {
     LogitEdit edit = edits[i];
     float original = logits[edit.token], logit = __fadd_rn(original, edit.bias);
     logit = logit > 0.0f ? __fdiv_rn(logit, edit.repetition) : __fmul_rn(logit, edit.repetition);
@@ -283,7 +292,7 @@ DEVICE void edit_logits(float* logits, const LogitEdit* edits, float* originals,
 
 DEVICE void restore_logits(float* logits, const LogitEdit* edits, const float* originals, int num_edits) {
   __syncthreads();
-  for (int i = threadIdx.x; i < num_edits; i += SAMPLE_THREADS) logits[edits[i].token] = originals[i];
+  for (int i = threadIdx.x; i < num_edits; i += blockDim.x) logits[edits[i].token] = originals[i];
   __syncthreads();
 }
 
@@ -293,7 +302,7 @@ DEVICE void report_logprobs(const Row& row, uint32_t taken, int num_top, TokenLo
   double largest = row.logits[token_of(best)], sum = 0.0;
   uint32_t num_likelier = 0;
   float own = row.logits[taken];
-  for (int token = threadIdx.x; token < row.vocab; token += SAMPLE_THREADS) {
+  for (int token = threadIdx.x; token < row.vocab; token += blockDim.x) {
     sum += exp(static_cast<double>(row.logits[token]) - largest);
     num_likelier += row.logits[token] > own ? 1 : 0;
   }

@@ -1,5 +1,5 @@
-// Tiles of bf16 in shared memory that cp.async fills and mma.sync reads: rows of WIDTH elements whose 16-byte chunks are
-// exchanged by the row, so that the eight rows of an ldmatrix fall into different banks.
+// Tiles of bf16 in shared memory that cp.async fills and mma.sync reads: rows of WIDTH elements whose 16-byte chunks
+// are exchanged by the row, so that the eight rows of an ldmatrix fall into different banks.
 #pragma once
 #include "device.cuh"
 

@@ -1,14 +1,14 @@
 // Hopper's tensor cores of a warpgroup (four warps, the first of a multiple of four): wgmma, on sm_90a alone.
 //
-// Operands lie in shared memory as rows of 64 bf16 (128 bytes) under the 128-byte swizzle, as a bulk tensor copy with
-// that swizzle writes them: eight rows are 1,024 bytes, on which a tile is aligned. K is contiguous in both.
+// Operands lie in shared memory as rows of 128 bytes (64 bf16 or 128 e4m3) under the 128-byte swizzle, as a bulk tensor
+// copy with that swizzle writes them: eight rows are 1,024 bytes, on which a tile is aligned. K is contiguous in both.
 #pragma once
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define HAS_WGMMA 1
 
 // Describes a tile of such rows: start address, 1,024 bytes from one group of eight rows to the next, 128-byte swizzle.
-// A step of 16 elements along K adds 32 bytes to the address. PTX ISA, "matrix descriptor".
+// A step along K, of 16 bf16 or 32 e4m3, adds 32 bytes to the address. PTX ISA, "matrix descriptor".
 DEVICE uint64_t wgmma_descriptor(const void* tile) {
   uint64_t address = shared_address(tile);
   return (address & 0x3ffff) >> 4 | 1ull << 16 | static_cast<uint64_t>(1024 >> 4) << 32 | 1ull << 62;
@@ -37,9 +37,12 @@ DEVICE void registers_acquire() {
 // 16 (t / 32) + (t % 32) / 4 + 8 h, column 8 j + 2 (t % 4) + i. wgmma.mma_async
 template <int N>
 DEVICE void wgmma_m64k16(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate);
+// The same for a[64, 32] and b[N, 32] of e4m3.
+template <int N>
+DEVICE void wgmma_m64k32(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate);
 
-// The registers of d, as the text of the instruction numbers them and as operands: each list is the one of half its length
-// and as many again. asm takes neither from a template.
+// The registers of d, as the text of the instruction numbers them and as operands: each list is the one of half its
+// length and as many again. asm takes neither from a template.
 #define REGISTERS_4 "%0, %1, %2, %3"
 #define REGISTERS_8 \
   REGISTERS_4 \
@@ -67,21 +70,25 @@ DEVICE void wgmma_m64k16(float (&d)[N / 2], uint64_t a, uint64_t b, int accumula
 #define OPERANDS_64(i) OPERANDS_32(i), OPERANDS_32((i) + 32)
 #define OPERANDS_128(i) OPERANDS_64(i), OPERANDS_64((i) + 64)
 
-// A, B and ACCUMULATE are the numbers of the operands that follow those of d.
-#define WGMMA_M64K16(N, NUM_REGISTERS, A, B, ACCUMULATE)                                              \
-  template <>                                                                                         \
-  DEVICE void wgmma_m64k16<N>(float (&d)[NUM_REGISTERS], uint64_t a, uint64_t b, int accumulate) {    \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #ACCUMULATE ", 0;\n"                            \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" REGISTERS_##NUM_REGISTERS \
-                 "}, %" #A ", %" #B ", p, 1, 1, 0, 0;\n}"                                             \
-                 : OPERANDS_##NUM_REGISTERS(0)                                                        \
-                 : "l"(a), "l"(b), "r"(accumulate));                                                  \
+// A, B and ACCUMULATE are the numbers of the operands that follow those of d; SHAPE_TAIL is what follows "m64n" N, and
+// FLAGS are those behind the scales of a and b: which bf16 operands are transposed.
+#define WGMMA_OF(FUNCTION, SHAPE_TAIL, FLAGS, N, NUM_REGISTERS, A, B, ACCUMULATE)                    \
+  template <>                                                                                        \
+  DEVICE void FUNCTION<N>(float (&d)[NUM_REGISTERS], uint64_t a, uint64_t b, int accumulate) {       \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #ACCUMULATE ", 0;\n"                           \
+                 "wgmma.mma_async.sync.aligned.m64n" #N SHAPE_TAIL " {" REGISTERS_##NUM_REGISTERS    \
+                 "}, %" #A ", %" #B ", p, 1, 1" FLAGS ";\n}"                                         \
+                 : OPERANDS_##NUM_REGISTERS(0)                                                       \
+                 : "l"(a), "l"(b), "r"(accumulate));                                                 \
   }
-WGMMA_M64K16(8, 4, 4, 5, 6)
-WGMMA_M64K16(16, 8, 8, 9, 10)
-WGMMA_M64K16(32, 16, 16, 17, 18)
-WGMMA_M64K16(64, 32, 32, 33, 34)
-WGMMA_M64K16(128, 64, 64, 65, 66)
-WGMMA_M64K16(256, 128, 128, 129, 130)
+#define WGMMA(N, NUM_REGISTERS, A, B, ACCUMULATE)                                                            \
+  WGMMA_OF(wgmma_m64k16, "k16.f32.bf16.bf16", ", 0, 0", N, NUM_REGISTERS, A, B, ACCUMULATE)                   \
+  WGMMA_OF(wgmma_m64k32, "k32.f32.e4m3.e4m3", "", N, NUM_REGISTERS, A, B, ACCUMULATE)
+WGMMA(8, 4, 4, 5, 6)
+WGMMA(16, 8, 8, 9, 10)
+WGMMA(32, 16, 16, 17, 18)
+WGMMA(64, 32, 32, 33, 34)
+WGMMA(128, 64, 64, 65, 66)
+WGMMA(256, 128, 128, 129, 130)
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "fibers.h"
+#include "instructions.h"
 #include "sanitizers.h"
 
 namespace emulator {
@@ -52,9 +53,11 @@ struct AsyncCopies {
 struct WgmmaOperation {
   uint64_t a, b;  // descriptors
   uint32_t columns;
+  Format format;
   bool accumulate;
   bool operator==(const WgmmaOperation& other) const {
-    return a == other.a && b == other.b && columns == other.columns && accumulate == other.accumulate;
+    return a == other.a && b == other.b && columns == other.columns && format == other.format &&
+           accumulate == other.accumulate;
   }
 };
 
@@ -84,7 +87,7 @@ struct Warpgroup {
   uint32_t num_issued[WARPS] = {};
 };
 
-constexpr uint32_t TILE_K = 16;
+constexpr uint32_t MAX_K = 32;  // of one operation, in e4m3; 16 in bf16
 constexpr uint32_t WARP_ROWS = 16;
 constexpr uint32_t MAX_COLUMNS = 256;
 
@@ -94,7 +97,7 @@ typedef float Column __attribute__((vector_size(WARP_ROWS * sizeof(float))));
 // What a wgmma works in; too large for the stack of a thread, and better in the cache where it is.
 struct WgmmaScratch {
   Column columns[MAX_COLUMNS];
-  float b[MAX_COLUMNS][TILE_K];
+  float b[MAX_COLUMNS][MAX_K];
 };
 
 struct Engines {

@@ -13,7 +13,9 @@
 namespace emulator {
 
 void load_matrices(uint32_t* registers, const void* row, uint32_t num_matrices, bool transposed);
-void multiply_m16n8k16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1);
+enum class Format : uint8_t { BF16, E4M3 };
+// m16n8k16 of bf16, m16n8k32 of e4m3.
+void multiply_m16n8(Format format, float* d, const uint32_t* a, uint32_t b0, uint32_t b1);
 
 void issue_async_copy(void* shared, const void* global, bool valid);
 void commit_async_copies();
@@ -27,7 +29,7 @@ uint32_t shared_offset(const void* address);
 void issue_bulk_copy(void* shared, const void* tensor_map, uint64_t* barrier, const int* start, uint32_t rank);
 
 uint64_t describe_wgmma_tile(const void* tile);
-void issue_wgmma(float* d, uint64_t a, uint64_t b, uint32_t columns, bool accumulate);
+void issue_wgmma(Format format, float* d, uint64_t a, uint64_t b, uint32_t columns, bool accumulate);
 void commit_wgmma();
 void wait_wgmma(uint32_t max_in_flight);
 
@@ -45,6 +47,7 @@ inline uint32_t float_to_bits(float value) {
 }  // namespace emulator
 
 #define HAS_WGMMA 1
+#define HAS_E4M3 1
 
 // ---- numbers ---------------------------------------------------------------------------------------------------
 
@@ -62,6 +65,26 @@ inline bf16 to_bf16(float x) {
 
 inline uint32_t pack_bf16(float low, float high) {
   return to_bf16(low).bits | static_cast<uint32_t>(to_bf16(high).bits) << 16;
+}
+
+struct e4m3 {
+  uint8_t bits;
+};
+
+// To nearest, ties to even; what is larger than 448 becomes 448, a NaN the one there is.
+inline uint8_t to_e4m3(float x) {
+  uint32_t sign = emulator::float_to_bits(x) >> 24 & 0x80;
+  float magnitude = fabsf(x);
+  if (!(magnitude == magnitude)) return 0x7f;
+  if (magnitude >= 448.0f) return static_cast<uint8_t>(sign | 0x7e);
+  // Below 2^-6 the steps are those of the least exponent.
+  int exponent = magnitude < 0x1p-6f ? -6 : ilogbf(magnitude);
+  uint32_t steps = static_cast<uint32_t>(nearbyintf(ldexpf(magnitude, 3 - exponent)));
+  return static_cast<uint8_t>(sign | (static_cast<uint32_t>(exponent + 6) * 8 + steps));
+}
+
+inline uint16_t pack_e4m3(float low, float high) {
+  return static_cast<uint16_t>(to_e4m3(low) | to_e4m3(high) << 8);
 }
 
 // Within the error of ex2.approx.ftz, not with its bits: those are not published.
@@ -88,7 +111,10 @@ inline void cp_async_wait() {
 // ---- tensor cores of a warp ------------------------------------------------------------------------------------
 
 inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  emulator::multiply_m16n8k16(d, a, b0, b1);
+  emulator::multiply_m16n8(emulator::Format::BF16, d, a, b0, b1);
+}
+inline void mma_m16n8k32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulator::multiply_m16n8(emulator::Format::E4M3, d, a, b0, b1);
 }
 
 // ---- barriers in memory, bulk tensor copies --------------------------------------------------------------------
@@ -129,7 +155,12 @@ inline void wgmma_wait() {
 template <int N>
 inline void wgmma_m64k16(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {
   static_assert(N % 8 == 0 && N >= 8 && N <= 256);
-  emulator::issue_wgmma(d, a, b, N, accumulate != 0);
+  emulator::issue_wgmma(emulator::Format::BF16, d, a, b, N, accumulate != 0);
+}
+template <int N>
+inline void wgmma_m64k32(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {
+  static_assert(N % 8 == 0 && N >= 8 && N <= 256);
+  emulator::issue_wgmma(emulator::Format::E4M3, d, a, b, N, accumulate != 0);
 }
 
 template <int REGISTERS>

@@ -1,6 +1,6 @@
 // Gives memcpy and its kin other names, so that the sanitizers, which replace the C library's, do not see those of the
-// emulator: it fills shared memory across the red zones of arrays. The compiler then uses the names for the calls that it
-// makes up itself, too. Included by the build script ahead of the emulator's sources, and only for a sanitizer.
+// emulator: it fills shared memory across the red zones of arrays. The compiler then uses the names for the calls that
+// it makes up itself, too. Included by the build script ahead of the emulator's sources, and only for a sanitizer.
 #pragma once
 
 #include <cstddef>

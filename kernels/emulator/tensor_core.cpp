@@ -1,13 +1,15 @@
-// mma.sync of a warp and wgmma of a warpgroup, on bf16 operands with float sums.
+// mma.sync of a warp and wgmma of a warpgroup, on bf16 and e4m3 operands with float sums.
 //
-// A product of two bf16 is exact in float. Each operation sums its 16 products along k in order, from zero, and then
-// adds the accumulator; a real tensor core sums in an order and with a rounding of its own, so results are compared
-// by relative error, or bit for bit where every sum is exact.
+// A product of two such numbers is exact in float. Each operation sums its 16 or 32 products along k in order, from
+// zero, and then adds the accumulator; a real tensor core sums in an order and with a rounding of its own, so results
+// are compared by relative error, or bit for bit where every sum is exact.
 //
 // Lanes do not wait for each other when they issue a wgmma: each notes its accumulators, and the warp's share of the
 // work, 16 of 64 rows, is done by the last lane (early) or where the warp waits for it (late).
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "asynchronous.h"
 #include "instructions.h"
@@ -21,8 +23,30 @@ typedef float Octet __attribute__((vector_size(8 * sizeof(float))));
 
 }  // namespace
 
-static float half_of(uint32_t packed, uint32_t half) {
-  return bits_to_float(half != 0 ? packed & 0xffff0000u : packed << 16);
+// Elements in four bytes.
+static uint32_t elements_per_word(Format format) { return format == Format::BF16 ? 2 : 4; }
+static uint32_t depth_of(Format format) { return 8 * elements_per_word(format); }
+
+static float decode_e4m3(uint8_t bits) {
+  int exponent = bits >> 3 & 15, mantissa = bits & 7;
+  float magnitude = exponent == 0 ? ldexpf(static_cast<float>(mantissa), -9)
+                                  : ldexpf(static_cast<float>(8 + mantissa), exponent - 10);
+  if (exponent == 15 && mantissa == 7) magnitude = NAN;
+  return bits & 0x80 ? -magnitude : magnitude;
+}
+
+static const float* e4m3_table() {
+  static const std::vector<float> table = [] {
+    std::vector<float> values(256);
+    for (uint32_t i = 0; i < 256; i++) values[i] = decode_e4m3(static_cast<uint8_t>(i));
+    return values;
+  }();
+  return table.data();
+}
+
+static float element_of(Format format, uint32_t packed, uint32_t index) {
+  if (format == Format::BF16) return bits_to_float(index != 0 ? packed & 0xffff0000u : packed << 16);
+  return e4m3_table()[packed >> (8 * index) & 0xff];
 }
 
 // ---- mma.sync --------------------------------------------------------------------------------------------------
@@ -30,6 +54,7 @@ static float half_of(uint32_t packed, uint32_t half) {
 namespace {
 
 struct MmaOperands {
+  Format format;
   float* d;
   const uint32_t* a;
   uint32_t b[2];
@@ -37,29 +62,33 @@ struct MmaOperands {
 
 }  // namespace
 
-// a[16, 16] and b[16, 8] from the fragments of all lanes, as the PTX ISA draws them for m16n8k16.
-static void gather_fragments(void* const* arguments, float (&a)[16][16], float (&b)[16][8]) {
+// a[16, k] and b[k, 8] from the fragments of all lanes, as the PTX ISA draws them for m16n8k16 and m16n8k32.
+static void gather_fragments(Format format, void* const* arguments, float (&a)[16][MAX_K], float (&b)[MAX_K][8]) {
+  uint32_t per_word = elements_per_word(format);
   for (uint32_t lane = 0; lane < LANES; lane++) {
     const auto& operands = *static_cast<MmaOperands*>(arguments[lane]);
-    uint32_t group = lane / 4, k = lane % 4 * 2;
-    for (uint32_t half = 0; half < 2; half++) {
-      a[group][k + half] = half_of(operands.a[0], half);
-      a[group + 8][k + half] = half_of(operands.a[1], half);
-      a[group][k + 8 + half] = half_of(operands.a[2], half);
-      a[group + 8][k + 8 + half] = half_of(operands.a[3], half);
-      b[k + half][group] = half_of(operands.b[0], half);
-      b[k + 8 + half][group] = half_of(operands.b[1], half);
+    if (operands.format != format) die("mma: lanes differ in format");
+    uint32_t group = lane / 4, half_depth = 4 * per_word;
+    for (uint32_t i = 0; i < per_word; i++) {
+      uint32_t k = lane % 4 * per_word + i;
+      a[group][k] = element_of(format, operands.a[0], i);
+      a[group + 8][k] = element_of(format, operands.a[1], i);
+      a[group][k + half_depth] = element_of(format, operands.a[2], i);
+      a[group + 8][k + half_depth] = element_of(format, operands.a[3], i);
+      b[k][group] = element_of(format, operands.b[0], i);
+      b[k + half_depth][group] = element_of(format, operands.b[1], i);
     }
   }
 }
 
 static Resume act_mma(uint32_t, void* const* arguments) {
-  float a[16][16];
-  alignas(32) float b[16][8];
-  gather_fragments(arguments, a, b);
+  Format format = static_cast<MmaOperands*>(arguments[0])->format;
+  float a[16][MAX_K];
+  alignas(32) float b[MAX_K][8];
+  gather_fragments(format, arguments, a, b);
   for (uint32_t row = 0; row < 16; row++) {
     Octet sum = {};
-    for (uint32_t k = 0; k < TILE_K; k++) {
+    for (uint32_t k = 0; k < depth_of(format); k++) {
       Octet b_row;
       memcpy(&b_row, b[k], sizeof b_row);
       sum += a[row][k] * b_row;
@@ -72,8 +101,8 @@ static Resume act_mma(uint32_t, void* const* arguments) {
   return Resume::NOW;
 }
 
-void multiply_m16n8k16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
-  MmaOperands operands{d, a, {b0, b1}};
+void multiply_m16n8(Format format, float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
+  MmaOperands operands{format, d, a, {b0, b1}};
   meet(~0u, Operation::MMA, &operands, act_mma);
 }
 
@@ -104,7 +133,14 @@ static Tile read_descriptor(uint64_t descriptor) {
   return tile;
 }
 
-static void decode_chunk(float* out, const void* chunk) {
+static void decode_chunk(Format format, float* out, const void* chunk) {
+  if (format == Format::E4M3) {
+    uint8_t bits[16];
+    memcpy(bits, chunk, sizeof bits);
+    const float* table = e4m3_table();
+    for (int i = 0; i < 16; i++) out[i] = table[bits[i]];
+    return;
+  }
   uint16_t bits[8];
   memcpy(bits, chunk, sizeof bits);
   uint32_t wide[8];
@@ -112,8 +148,8 @@ static void decode_chunk(float* out, const void* chunk) {
   memcpy(out, wide, sizeof wide);
 }
 
-// Rows [first_row, first_row + num_rows) of a tile, 16 elements each.
-static void decode_rows(float (*out)[TILE_K], const Tile& tile, uint32_t first_row, uint32_t num_rows) {
+// Rows [first_row, first_row + num_rows) of a tile, 32 bytes each.
+static void decode_rows(Format format, float (*out)[MAX_K], const Tile& tile, uint32_t first_row, uint32_t num_rows) {
   for (uint32_t i = 0; i < num_rows; i++) {
     uint32_t row = first_row + i;
     uint32_t offset = tile.start + row / 8 * tile.group_stride + row % 8 * ROW_BYTES;
@@ -122,7 +158,7 @@ static void decode_rows(float (*out)[TILE_K], const Tile& tile, uint32_t first_r
     for (uint32_t half = 0; half < 2; half++) {
       const char* chunk = here().block->dynamic_shared + swizzle_128(offset + half * 16);
       note_read(chunk, 16);
-      decode_chunk(out[i] + half * 8, chunk);
+      decode_chunk(format, out[i] + half * depth_of(format) / 2, chunk);
     }
   }
 }
@@ -157,11 +193,11 @@ static void store_accumulators(const Column* columns, uint32_t num_columns, floa
 // ---- wgmma -----------------------------------------------------------------------------------------------------
 
 // columns[n] = Σ_k a_transposed[k] · b[n][k], plus columns[n] if `accumulate`. Eight columns at once hide the latency.
-static void multiply_columns(Column* columns, const Column* a_transposed, const float (*b)[TILE_K],
+static void multiply_columns(Column* columns, const Column* a_transposed, const float (*b)[MAX_K],
                              const WgmmaOperation& operation) {
   for (uint32_t n = 0; n < operation.columns; n += 8) {
     Column sums[8] = {};
-    for (uint32_t k = 0; k < TILE_K; k++) {
+    for (uint32_t k = 0; k < depth_of(operation.format); k++) {
       for (uint32_t i = 0; i < 8; i++) sums[i] += a_transposed[k] * b[n + i][k];
     }
     for (uint32_t i = 0; i < 8; i++) columns[n + i] = operation.accumulate ? columns[n + i] + sums[i] : sums[i];
@@ -169,11 +205,11 @@ static void multiply_columns(Column* columns, const Column* a_transposed, const 
 }
 
 static void multiply_tiles(WgmmaScratch& scratch, const WgmmaOperation& operation, uint32_t warp) {
-  float a[WARP_ROWS][TILE_K];
-  decode_rows(a, read_descriptor(operation.a), warp % Warpgroup::WARPS * WARP_ROWS, WARP_ROWS);
-  decode_rows(scratch.b, read_descriptor(operation.b), 0, operation.columns);
-  Column a_transposed[TILE_K];
-  for (uint32_t k = 0; k < TILE_K; k++) {
+  float a[WARP_ROWS][MAX_K];
+  decode_rows(operation.format, a, read_descriptor(operation.a), warp % Warpgroup::WARPS * WARP_ROWS, WARP_ROWS);
+  decode_rows(operation.format, scratch.b, read_descriptor(operation.b), 0, operation.columns);
+  Column a_transposed[MAX_K];
+  for (uint32_t k = 0; k < depth_of(operation.format); k++) {
     for (uint32_t row = 0; row < WARP_ROWS; row++) a_transposed[k][row] = a[row][k];
   }
   multiply_columns(scratch.columns, a_transposed, scratch.b, operation);
@@ -213,8 +249,8 @@ static void check_warpgroup(uint32_t warp, const WgmmaOperation& operation) {
   group.num_forgotten = least;
 }
 
-void issue_wgmma(float* d, uint64_t a, uint64_t b, uint32_t columns, bool accumulate) {
-  WgmmaOperation operation{a, b, columns, accumulate};
+void issue_wgmma(Format format, float* d, uint64_t a, uint64_t b, uint32_t columns, bool accumulate) {
+  WgmmaOperation operation{a, b, columns, format, accumulate};
   here().block->engines->used = true;
   WarpTensorCore& core = here().block->engines->tensor_cores[here().warp];
   uint32_t at = core.num_issued[here().lane]++ - core.num_retired;

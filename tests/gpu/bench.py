@@ -15,6 +15,7 @@ from launches import (
     TOP_K,
     Attention,
     Launcher,
+    Quantized,
     SampleRow,
     Sampling,
     bf16,
@@ -56,22 +57,37 @@ class ExpertLayer:
         tables = launch.route(self.x, router)
         _, self.weights, self.offsets, self.permutation, self.rows, _ = tables
         num_rows = num_tokens * TOP_K
-        self.permuted = torch.zeros(num_rows, HIDDEN, device="cuda", dtype=torch.bfloat16)
+        self.is_quantized = isinstance(gate_up, Quantized)
+        if self.is_quantized:
+            self.permuted, self.quantized_act = (
+                Quantized.empty(num_rows, HIDDEN),
+                Quantized.empty(num_rows, FFN),
+            )
+        else:
+            self.permuted = torch.zeros(num_rows, HIDDEN, device="cuda", dtype=torch.bfloat16)
         self.act = torch.zeros(num_rows, FFN, device="cuda", dtype=torch.bfloat16)
         self.y = torch.zeros(num_rows, HIDDEN, device="cuda")
         self.out = torch.zeros(num_tokens, HIDDEN, device="cuda")
         used = int((self.offsets[1:] > self.offsets[:-1]).sum())
         self.flops = 2 * num_rows * 3 * HIDDEN * FFN
-        self.weight_bytes = used * 3 * HIDDEN * FFN * 2
+        self.weight_bytes = used * 3 * HIDDEN * FFN * (1 if self.is_quantized else 2)
 
     def gate_up(self, tile):
         self.launch.grouped("swiglu", self.gate_up_weights, self.permuted, self.act, self.offsets, FFN, tile)
 
     def down(self, tile):
-        self.launch.grouped("f32", self.down_weights, self.act, self.y, self.offsets, HIDDEN, tile)
+        act = self.quantized_act if self.is_quantized else self.act
+        self.launch.grouped("f32", self.down_weights, act, self.y, self.offsets, HIDDEN, tile)
 
     def gather(self):
-        self.launch.gather(self.x, self.permutation, self.permuted)
+        if self.is_quantized:
+            self.launch.quantize(self.x, self.permuted, self.permutation, TOP_K)
+        else:
+            self.launch.gather(self.x, self.permutation, self.permuted)
+
+    def quantize_act(self):
+        if self.is_quantized:
+            self.launch.quantize(self.act, self.quantized_act)
 
     def combine(self):
         self.launch.combine(self.y, self.rows, self.weights, self.out)
@@ -79,6 +95,7 @@ class ExpertLayer:
     def run(self, tile):
         self.gather()
         self.gate_up(tile)
+        self.quantize_act()
         self.down(tile)
         self.combine()
 
@@ -135,13 +152,20 @@ class Bench:
         seconds = median_seconds(lambda: a @ b.T)
         self.dense = 2 * a.shape[0] * HIDDEN * 2 * FFN / seconds
         self.report("cuBLAS bf16, 16384 x 4096 x 28672", seconds, TFLOPs=self.dense / 1e12)
+        a, b = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
+        one = torch.ones((), device="cuda")
+        scaled = {"scale_a": one, "scale_b": one, "out_dtype": torch.bfloat16}
+        seconds = median_seconds(lambda: torch._scaled_mm(a, b.T, **scaled))
+        self.dense_e4m3 = 2 * a.shape[0] * HIDDEN * 2 * FFN / seconds
+        self.report("cuBLAS e4m3, the same", seconds, TFLOPs=self.dense_e4m3 / 1e12)
 
-    def report_share(self, name, seconds, weight_bytes, flops):
+    def report_share(self, name, seconds, weight_bytes, flops, dense):
         self.report(
             name,
             seconds,
             of_read=weight_bytes / seconds / self.read_bandwidth,
-            of_dense=flops / seconds / self.dense,
+            of_dense=flops / seconds / dense,
+            TFLOPs=flops / seconds / 1e12,
         )
 
     def time_experts(self):
@@ -152,16 +176,23 @@ class Bench:
             self.report(f"gather, {num_tokens} tokens", median_seconds(layer.gather))
             self.report(f"combine, {num_tokens} tokens", median_seconds(layer.combine))
             for tile in tiles_for(num_tokens):
-                self.time_layer(layer, num_tokens, tile)
+                self.time_layer(layer, f"{num_tokens} tokens, tile {tile}", tile, self.dense)
+        gate_up, down = Quantized.of(gate_up), Quantized.of(down)
+        for num_tokens in NUM_TOKENS:
+            layer = ExpertLayer(self.launch, gate_up, down, router, num_tokens)
+            self.report(f"quantize act, {num_tokens} tokens", median_seconds(layer.quantize_act))
+            for tile in tiles_for(num_tokens):
+                self.time_layer(layer, f"e4m3, {num_tokens} tokens, tile {tile}", tile, self.dense_e4m3)
 
-    def time_layer(self, layer, num_tokens, tile):
-        case = f"{num_tokens} tokens, tile {tile}"
-        repetitions = 8 if num_tokens >= 1024 else 20
+    def time_layer(self, layer, case, tile, dense):
+        repetitions = 8 if layer.x.shape[0] >= 1024 else 20
         for name, share, work in [("gate_up", 2 / 3, layer.gate_up), ("down", 1 / 3, layer.down)]:
             seconds = median_seconds(lambda work=work: work(tile), repetitions)
-            self.report_share(f"{name}, {case}", seconds, share * layer.weight_bytes, share * layer.flops)
+            self.report_share(
+                f"{name}, {case}", seconds, share * layer.weight_bytes, share * layer.flops, dense
+            )
         seconds = median_seconds(captured(lambda: layer.run(tile)).replay, repetitions)
-        self.report_share(f"expert layer, {case}", seconds, layer.weight_bytes, layer.flops)
+        self.report_share(f"expert layer, {case}", seconds, layer.weight_bytes, layer.flops, dense)
 
     def time_dense(self):
         """The other products of a layer, whose weights stay in the L2 cache from one run to the next."""

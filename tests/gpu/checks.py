@@ -13,6 +13,7 @@ from launches import (
     Launcher,
     NormShape,
     Placement,
+    Quantized,
     SampleRow,
     Sampling,
     bf16,
@@ -60,6 +61,7 @@ class Checks:
             self.check_rope,
             self.check_attention,
             self.check_grouped,
+            self.check_e4m3,
         ):
             check()
             torch.cuda.synchronize()
@@ -104,6 +106,33 @@ class Checks:
                     error(act[:, :96], silu.reshape(rows, -1)[:, :96]),
                     4e-3,
                 )
+
+    def check_e4m3(self):
+        """Against the products of the rounded numbers; a tensor core keeps fewer bits of a sum than f32."""
+        x = bf16(40, 192)
+        quantized = Quantized.empty(20, 256)
+        indices = torch.randperm(40).cuda().int()[:20]
+        self.launch.quantize(x, quantized, indices, 2)
+        gathered = x[indices.long() // 2]
+        self.expect("quantize_rows", error(quantized.double()[:, :192], gathered), 0.03)
+        self.expect("quantize_rows: padding", quantized.double()[:, 192:].abs().max().item(), 0.0)
+        scales = gathered.float().abs().amax(1) / 448
+        self.expect("quantize_rows: scales", error(quantized.scales, scales), 1e-6)
+
+        counts = [5, 0, 64, 1, 70, 3, 128, 33]
+        offsets = int32([0, *torch.tensor(counts).cumsum(0).tolist()])
+        rows, k, features = sum(counts), 384, 200
+        x, weights = Quantized.of(bf16(rows, k)), Quantized.of(bf16(EXPERTS, features, k))
+        expert_of = torch.repeat_interleave(torch.arange(EXPERTS), torch.tensor(counts)).cuda()
+        expected = torch.einsum("rk,rfk->rf", x.double(), weights.double()[expert_of])
+        first = None
+        for tokens in [*TILES, None]:
+            out = torch.zeros(rows, 256, device="cuda")
+            self.launch.grouped("f32", weights, x, out, offsets, features, tokens)
+            self.expect(f"grouped e4m3 f32, tile {tokens}", error(out[:, :features], expected), 5e-3)
+            first = out if first is None else first
+            if tokens is not None:
+                self.expect_equal(f"grouped e4m3 f32, tile {tokens}: bits of tile 8", out, first)
 
     def check_norms(self):
         x, delta, weight = (torch.randn(s, HIDDEN, device="cuda") for s in (5, 5, 1))

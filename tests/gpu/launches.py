@@ -18,10 +18,14 @@ NO_TOKEN, MAX_TOP = 0xFFFFFFFF, 32
 
 
 class GroupedShape(ctypes.Structure):
-    _fields_ = [("offsets", ctypes.c_void_p)] + [
-        (name, ctypes.c_int)
-        for name in ("num_experts", "num_rows", "weight_rows", "stride", "features", "out_stride")
-    ]
+    _fields_ = (
+        [("offsets", ctypes.c_void_p)]
+        + [
+            (name, ctypes.c_int)
+            for name in ("num_experts", "num_rows", "weight_rows", "stride", "features", "out_stride")
+        ]
+        + [("weight_scales", ctypes.c_void_p), ("row_scales", ctypes.c_void_p)]
+    )
 
 
 class NormShape(ctypes.Structure):
@@ -58,6 +62,38 @@ class AttentionShape(ctypes.Structure):
 
 class Placement(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int) for name in ("cols", "stride", "first_row", "interleaved")]
+
+
+class RowStrides(ctypes.Structure):
+    _fields_ = [("x", ctypes.c_int), ("out", ctypes.c_int)]
+
+
+class Quantized:
+    """Rows of e4m3 `[.., rows, k]`, each with the scale that brings its largest element to 448."""
+
+    def __init__(self, rows, scales):
+        self.rows, self.scales = rows, scales
+
+    @classmethod
+    def of(cls, x):
+        scales = x.float().abs().amax(-1) / 448
+        return cls((x.float() / scales[..., None]).to(torch.float8_e4m3fn), scales)
+
+    @classmethod
+    def empty(cls, rows, k):
+        scales = torch.zeros(rows, device="cuda")
+        return cls(torch.zeros(rows, k, dtype=torch.float8_e4m3fn, device="cuda"), scales)
+
+    @property
+    def shape(self):
+        return self.rows.shape
+
+    def double(self):
+        return self.rows.float().double() * self.scales.double()[..., None]
+
+    def units(self):
+        """The same bytes in units of two, in which the products count."""
+        return self.rows.view(torch.bfloat16)
 
 
 class SampleRow(ctypes.Structure):
@@ -168,13 +204,17 @@ class Launcher:
         self.sms = torch.cuda.get_device_properties(0).multi_processor_count
 
     def grouped(self, kind, weights, x, out, offsets, features, tokens=None):
-        """weights [experts, rows, k] times x [rows, k]; kind f32, bf16 or swiglu.
+        """weights [experts, rows, k] times x [rows, k], bf16 or Quantized; kind f32, bf16 or swiglu.
 
         `tokens` is the width of a tile; None takes mma.sync instead of wgmma.
         """
+        scales = []
+        if isinstance(weights, Quantized):
+            scales, kind = [weights.scales.data_ptr(), x.scales.data_ptr()], f"e4m3_{kind}"
+            weights, x = weights.units(), x.units()
         experts, weight_rows, k = weights.shape
         pointer = offsets.data_ptr() if offsets is not None else None
-        shape = GroupedShape(pointer, experts, x.shape[0], weight_rows, k, features, out.shape[1])
+        shape = GroupedShape(pointer, experts, x.shape[0], weight_rows, k, features, out.shape[1], *scales)
         if tokens is None:
             tile = 16 if x.shape[0] <= 64 else 64
             self.kernels.launch(
@@ -187,6 +227,12 @@ class Launcher:
         self.kernels.launch(
             f"wgmma_{kind}_{tokens}", self.sms, 32 * (4 * consumers + 1), [*maps, shape, out], shared
         )
+
+    def quantize(self, x, out, indices=None, divisor=1):
+        """Rows of x, or those that `indices` divided by `divisor` name, into `out`."""
+        strides = RowStrides(x.shape[1], out.shape[1])
+        args = [x, indices, divisor, out.rows, out.scales, strides]
+        self.kernels.launch("quantize_rows", out.shape[0], 256, args)
 
     def route(self, x, router):
         tokens, experts = x.shape[0], router.shape[0]

@@ -15,11 +15,13 @@ pub(crate) struct Tile {
     pub(crate) threads: u32,
     /// Dynamic shared memory of a block.
     pub(crate) shared_bytes: u32,
-    /// The kernels by [`Epilogue`].
-    pub(crate) kernels: [&'static str; 3],
+    /// The kernels for bf16 by [`Epilogue`].
+    pub(crate) bf16: [&'static str; 3],
+    /// The same for e4m3.
+    pub(crate) e4m3: [&'static str; 3],
 }
 
-/// What is done with a product, and the index of its kernel in [`Tile::kernels`].
+/// What is done with a product, and the index of its kernel in a [`Tile`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Epilogue {
     /// Stored as it is.
@@ -31,30 +33,53 @@ pub(crate) enum Epilogue {
 }
 
 /// `consumers` warpgroups of 64 rows of weights each, `stages` of 64 k of weights and tokens.
-const fn wgmma(tokens: usize, consumers: u32, stages: u32, kernels: [&'static str; 3]) -> Tile {
-    let stage_bytes = (consumers * 64 + tokens as u32) * 128;
-    Tile { tokens, threads: 32 * (4 * consumers + 1), shared_bytes: stages * stage_bytes, kernels }
+macro_rules! wgmma {
+    ($tokens:literal, $consumers:literal, $stages:literal) => {
+        Tile {
+            tokens: $tokens,
+            threads: 32 * (4 * $consumers + 1),
+            shared_bytes: $stages * ($consumers * 64 + $tokens) * 128,
+            bf16: names!("wgmma", $tokens),
+            e4m3: names!("wgmma_e4m3", $tokens),
+        }
+    };
 }
 
-const fn mma(tokens: usize, kernels: [&'static str; 3]) -> Tile {
-    Tile { tokens, threads: 128, shared_bytes: 3 * (64 + tokens as u32) * 128, kernels }
+macro_rules! mma {
+    ($tokens:literal) => {
+        Tile {
+            tokens: $tokens,
+            threads: 128,
+            shared_bytes: 3 * (64 + $tokens) * 128,
+            bf16: names!("mma", $tokens),
+            e4m3: names!("mma_e4m3", $tokens),
+        }
+    };
+}
+
+/// By [`Epilogue`].
+macro_rules! names {
+    ($prefix:literal, $tokens:literal) => {
+        [
+            concat!($prefix, "_f32_", $tokens),
+            concat!($prefix, "_bf16_", $tokens),
+            concat!($prefix, "_swiglu_", $tokens),
+        ]
+    };
 }
 
 /// `grouped_gemm_wgmma.cu`, narrow to wide.
 pub(crate) static WGMMA_TILES: [Tile; 6] = [
-    wgmma(8, 1, 20, ["wgmma_f32_8", "wgmma_bf16_8", "wgmma_swiglu_8"]),
-    wgmma(16, 1, 18, ["wgmma_f32_16", "wgmma_bf16_16", "wgmma_swiglu_16"]),
-    wgmma(32, 1, 16, ["wgmma_f32_32", "wgmma_bf16_32", "wgmma_swiglu_32"]),
-    wgmma(64, 1, 12, ["wgmma_f32_64", "wgmma_bf16_64", "wgmma_swiglu_64"]),
-    wgmma(128, 2, 6, ["wgmma_f32_128", "wgmma_bf16_128", "wgmma_swiglu_128"]),
-    wgmma(256, 2, 4, ["wgmma_f32_256", "wgmma_bf16_256", "wgmma_swiglu_256"]),
+    wgmma!(8, 1, 20),
+    wgmma!(16, 1, 18),
+    wgmma!(32, 1, 16),
+    wgmma!(64, 1, 12),
+    wgmma!(128, 2, 6),
+    wgmma!(256, 2, 4),
 ];
 
 /// `grouped_gemm_mma.cu`, narrow to wide.
-pub(crate) static MMA_TILES: [Tile; 2] = [
-    mma(16, ["mma_f32_16", "mma_bf16_16", "mma_swiglu_16"]),
-    mma(64, ["mma_f32_64", "mma_bf16_64", "mma_swiglu_64"]),
-];
+pub(crate) static MMA_TILES: [Tile; 2] = [mma!(16), mma!(64)];
 
 /// Widths of a head that attention is compiled for, with its kernels.
 pub(crate) const ATTENTION: [(usize, &str); 4] =
@@ -72,7 +97,12 @@ pub(crate) fn files(capability: Capability) -> Vec<&'static str> {
 
 /// The files that a device needs, each with its kernels.
 pub(crate) fn by_file(capability: Capability) -> Vec<(&'static str, Vec<&'static str>)> {
-    let has_wgmma = capability.has_wgmma();
+    let (has_wgmma, has_e4m3) = (capability.has_wgmma(), capability.has_e4m3());
+    let products = tiles(has_wgmma).iter().flat_map(|tile| {
+        let e4m3 = tile.e4m3.into_iter().filter(|_| has_e4m3);
+        tile.bf16.into_iter().chain(e4m3)
+    });
+    let if_e4m3 = |names: [&'static str; 2]| names.into_iter().filter(move |_| has_e4m3);
     let grouped_gemm = if has_wgmma { "grouped_gemm_wgmma" } else { "grouped_gemm_mma" };
     let attention = ATTENTION.iter().map(|&(_, name)| name).chain(["attention_fold"]);
     vec![
@@ -81,8 +111,15 @@ pub(crate) fn by_file(capability: Capability) -> Vec<(&'static str, Vec<&'static
         ("combine_experts", vec!["combine_experts"]),
         ("embed", vec!["embed"]),
         ("gather_rows", vec!["gather_rows"]),
-        (grouped_gemm, tiles(has_wgmma).iter().flat_map(|tile| tile.kernels).collect()),
-        ("place_weights", vec!["place_rows", "place_dummy"]),
+        (grouped_gemm, products.collect()),
+        (
+            "place_weights",
+            ["place_rows", "place_dummy"]
+                .into_iter()
+                .chain(if_e4m3(["place_rows_e4m3", "place_dummy_e4m3"]))
+                .collect(),
+        ),
+        ("quantize_rows", has_e4m3.then_some("quantize_rows").into_iter().collect()),
         ("read_sweep", vec!["read_sweep"]),
         ("rms_norm", vec!["rms_norm", "add_rms_norm"]),
         ("rope_store_kv", vec!["rope_store_kv"]),
@@ -116,6 +153,7 @@ arguments!(
     RouteArguments,
     KvArguments,
     AttentionArguments,
+    RowStrides,
     Placement
 );
 
@@ -129,6 +167,15 @@ pub(crate) struct GroupedShape {
     pub(crate) stride: i32,
     pub(crate) features: i32,
     pub(crate) out_stride: i32,
+    pub(crate) weight_scales: u64,
+    pub(crate) row_scales: u64,
+}
+
+/// `RowStrides` of `quantize_rows.cu`.
+#[repr(C)]
+pub(crate) struct RowStrides {
+    pub(crate) x: i32,
+    pub(crate) out: i32,
 }
 
 /// `NormShape` of `rms_norm.cu`.

@@ -13,6 +13,7 @@ mod images;
 mod kernels;
 mod probe;
 mod products;
+mod quantized;
 mod sample;
 mod step;
 mod tensor;
@@ -31,14 +32,16 @@ use crate::device::{Buffer, Device, Grid};
 use crate::graphs::{Graphs, RecordedShape};
 use crate::kernels::{AttentionArguments, Epilogue, KvArguments, NormShape, RouteArguments, RoutingTables};
 use crate::products::{Rows, multiply};
+use crate::quantized::{QuantizedRows, Source};
 use crate::sample::Sampler;
 use crate::step::StepBuffers;
-use crate::tensor::{element_bytes, stride};
+use crate::tensor::{element_bytes, stride, stride_e4m3};
 use crate::weights::Uploader;
 
 pub use crate::images::{KernelOrigin, embedded_targets, nvrtc_version};
 pub use crate::probe::{Capability, DeviceInfo, NoDevice, devices, driver_version, probe, probe_or_skip};
 pub use crate::tensor::{Experts, KvCache, Matrix, Rope, Routing, Tensor, Vector};
+pub use crate::weights::WeightFormat;
 
 /// Features of the widest head that attention is compiled for.
 const MAX_HEAD: usize = 128;
@@ -55,6 +58,8 @@ const NO_WINDOW: u32 = 1 << 30;
 /// What the owner of the device decides.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CudaOptions {
+    /// How the weights of products are kept.
+    pub weights: WeightFormat,
     /// Whether steps that only decode are recorded as CUDA graphs and replayed. No bit depends on it.
     pub graphs: bool,
     /// Where kernels are kept that are not in the binary and were compiled for this device.
@@ -63,7 +68,7 @@ pub struct CudaOptions {
 
 impl Default for CudaOptions {
     fn default() -> Self {
-        Self { graphs: true, kernel_cache: None }
+        Self { weights: WeightFormat::Bf16, graphs: true, kernel_cache: None }
     }
 }
 
@@ -79,6 +84,9 @@ pub struct Cuda {
     graphs: Option<Graphs>,
     partials: Option<Partials>,
     experts_scratch: ExpertsScratch,
+    /// What products with e4m3 weights take; nothing is reserved for others.
+    quantized: QuantizedRows,
+    weights: WeightFormat,
     /// Of all layers, so that a step reads them at once.
     offsets: Buffer,
     num_offsets: usize,
@@ -100,30 +108,15 @@ struct Partials {
 struct ExpertsScratch {
     max_rows: usize,
     hidden: usize,
-    buffers: Option<ScratchBuffers>,
-}
-
-struct ScratchBuffers {
-    /// bf16 `[max_rows, stride]`: the layer's input.
-    permuted: Buffer,
+    /// bf16 `[max_rows, stride]`: the layer's input, unless it is quantised.
+    permuted: Option<Buffer>,
     /// f32 `[max_rows, stride]`: the layer's output before it is weighted.
-    products: Buffer,
+    products: Option<Buffer>,
 }
 
 impl ExpertsScratch {
-    /// Makes room for so many rows of so many features, as soon as both are known.
-    fn reserve(&mut self, device: &mut Device, max_rows: usize, hidden: usize) -> Result<(), BackendError> {
-        let grows = max_rows > self.max_rows || hidden > self.hidden;
-        (self.max_rows, self.hidden) = (self.max_rows.max(max_rows), self.hidden.max(hidden));
-        if !grows || self.max_rows == 0 || self.hidden == 0 {
-            return Ok(());
-        }
-        let elements = self.max_rows * stride(self.hidden);
-        let mut allocate =
-            |dtype| device.allocate("rows in the order of their experts", elements * element_bytes(dtype));
-        let buffers = ScratchBuffers { permuted: allocate(DType::Bf16)?, products: allocate(DType::F32)? };
-        self.buffers = Some(buffers);
-        Ok(())
+    fn products(&self) -> u64 {
+        self.products.as_ref().expect("experts and routing were made").address
     }
 }
 
@@ -136,18 +129,23 @@ impl Cuda {
     /// # Panics
     /// If `info` did not come from [`probe`].
     pub fn new(info: DeviceInfo, options: CudaOptions) -> Result<Self, BackendError> {
+        if options.weights == WeightFormat::E4m3 && !info.capability.has_e4m3() {
+            return Err(BackendError::Unsupported(format!("{} does not multiply fp8", info.name)));
+        }
         let mut device = Device::open(&info, options.kernel_cache.as_deref())?;
         let offsets = device.allocate("offsets of experts", MAX_OFFSETS * size_of::<u32>())?;
         Ok(Self {
             info,
             device,
-            uploader: Uploader::new(),
+            uploader: Uploader::new(options.weights),
             step: StepBuffers::default(),
             plan: Plan::default(),
             plan_shape: None,
             graphs: options.graphs.then(Graphs::default),
             partials: None,
             experts_scratch: ExpertsScratch::default(),
+            quantized: QuantizedRows::default(),
+            weights: options.weights,
             offsets,
             num_offsets: 0,
             host_offsets: Vec::new(),
@@ -158,8 +156,19 @@ impl Cuda {
     }
 
     /// Memory that the backend takes beside its handles, for steps of `max_tokens` tokens.
-    pub fn scratch_bytes(max_tokens: usize, hidden: usize, route: RouteShape) -> u64 {
-        let row_bytes = stride(hidden) * (element_bytes(DType::Bf16) + element_bytes(DType::F32));
+    pub fn scratch_bytes(
+        weights: WeightFormat,
+        max_tokens: usize,
+        hidden: usize,
+        ffn: usize,
+        route: RouteShape,
+    ) -> u64 {
+        // Inputs of experts in their order, or the widest of what is quantised: the inputs of their last product.
+        let input_bytes = match weights {
+            WeightFormat::Bf16 => stride(hidden) * element_bytes(DType::Bf16),
+            WeightFormat::E4m3 => stride_e4m3(hidden.max(ffn)) + element_bytes(DType::F32),
+        };
+        let row_bytes = input_bytes + stride(hidden) * element_bytes(DType::F32);
         let partials = MAX_PARTIALS * (MAX_HEAD + 2) * size_of::<f32>();
         (max_tokens * route.top_k * row_bytes + partials + weights::STAGING_BYTES) as u64
     }
@@ -206,6 +215,50 @@ impl Cuda {
         })
     }
 
+    /// Makes room for so many rows of experts of so many features, as soon as both are known.
+    fn reserve_experts(&mut self, max_rows: usize, hidden: usize) -> Result<(), BackendError> {
+        let scratch = &mut self.experts_scratch;
+        let grows = max_rows > scratch.max_rows || hidden > scratch.hidden;
+        (scratch.max_rows, scratch.hidden) = (scratch.max_rows.max(max_rows), scratch.hidden.max(hidden));
+        let (max_rows, hidden) = (scratch.max_rows, scratch.hidden);
+        if !grows || max_rows == 0 || hidden == 0 {
+            return Ok(());
+        }
+        let what = "rows in the order of their experts";
+        let bytes = |dtype| max_rows * stride(hidden) * element_bytes(dtype);
+        match self.weights {
+            WeightFormat::Bf16 => scratch.permuted = Some(self.device.allocate(what, bytes(DType::Bf16))?),
+            WeightFormat::E4m3 => self.quantized.reserve(&mut self.device, max_rows, hidden)?,
+        }
+        scratch.products = Some(self.device.allocate(what, bytes(DType::F32))?);
+        Ok(())
+    }
+
+    /// The first rows of a tensor as a product with `weight` takes them.
+    fn right_operand(&mut self, weight: &Matrix, x: &Tensor, num_rows: usize) -> Rows {
+        let address = x.rows(num_rows, DType::Bf16);
+        if weight.scales.is_none() {
+            return Rows::from(address, x.max_rows);
+        }
+        let source = Source { x: address, features: x.features, stride: x.stride, indices: None };
+        Rows::from_quantized(self.quantized.launch(&mut self.device, source, num_rows))
+    }
+
+    /// The rows of a tensor's tokens in the order of their experts.
+    fn grouped_operand(&mut self, weight: &Matrix, x: &Tensor, routing: &Routing) -> Rows {
+        let (from, permutation) = (x.rows(routing.num_tokens, DType::Bf16), routing.table(2));
+        if weight.scales.is_some() {
+            let indices = Some((permutation, routing.top_k));
+            let source = Source { x: from, features: x.features, stride: x.stride, indices };
+            return Rows::from_quantized(self.quantized.launch(&mut self.device, source, routing.num_rows()));
+        }
+        let permuted = self.experts_scratch.permuted.as_ref().expect("experts and routing were made").address;
+        let (divisor, row_quads) = (routing.top_k as i32, (x.stride * size_of::<bf16>() / 16) as i32);
+        let gather = Grid::new(routing.num_rows(), 128);
+        self.device.launch("gather_rows", gather, &[&from, &permutation, &divisor, &permuted, &row_quads]);
+        Rows::from(permuted, self.experts_scratch.max_rows)
+    }
+
     fn norm_shape(weight: &Vector, x: &Tensor, out: &Tensor, eps: f32) -> (NormShape, u32) {
         assert_eq!((x.features, out.features), (weight.features, weight.features));
         let shape = NormShape { features: x.features as i32, stride: x.stride as i32, eps };
@@ -234,6 +287,9 @@ impl Backend for Cuda {
     fn tensor(&mut self, max_rows: usize, features: usize, dtype: DType) -> Result<Tensor, BackendError> {
         let stride = stride(features);
         let buffer = self.device.allocate("activations", max_rows * stride * element_bytes(dtype))?;
+        if dtype == DType::Bf16 && self.weights == WeightFormat::E4m3 {
+            self.quantized.reserve(&mut self.device, max_rows, features)?;
+        }
         Ok(Tensor { buffer, max_rows, features, stride, dtype })
     }
 
@@ -245,14 +301,14 @@ impl Backend for Cuda {
         Ok(Vector { buffer, features: values.len() })
     }
 
-    fn matrix(&mut self, parts: &[WeightView], _: MatrixUse) -> Result<Matrix, BackendError> {
-        self.uploader.matrix(&mut self.device, parts)
+    fn matrix(&mut self, parts: &[WeightView], usage: MatrixUse) -> Result<Matrix, BackendError> {
+        self.uploader.matrix(&mut self.device, parts, usage)
     }
 
     fn experts(&mut self, view: &ExpertsView) -> Result<Experts, BackendError> {
         let gate_up = self.uploader.gate_up(&mut self.device, &view.gate, &view.up)?;
         let down = self.uploader.down(&mut self.device, &view.down)?;
-        self.experts_scratch.reserve(&mut self.device, 0, gate_up.cols)?;
+        self.reserve_experts(0, gate_up.cols)?;
         Ok(Experts { gate_up, down })
     }
 
@@ -328,7 +384,7 @@ impl Backend for Cuda {
                 "{MAX_OFFSETS} or more experts in all layers together"
             )));
         }
-        self.experts_scratch.reserve(&mut self.device, max_tokens * top_k, 0)?;
+        self.reserve_experts(max_tokens * top_k, 0)?;
         let tables = self.device.allocate("routing", (4 * max_tokens * top_k + 1) * size_of::<u32>())?;
         Ok(Routing { tables, max_tokens, num_experts, top_k, first_offset, num_tokens: 0 })
     }
@@ -436,13 +492,13 @@ impl Backend for Cuda {
     fn linear(&mut self, x: &Tensor, weight: &Matrix, out: &mut Tensor, rows: usize) {
         assert_eq!((x.features, out.features), (weight.cols, weight.features));
         let epilogue = if out.dtype == DType::F32 { Epilogue::F32 } else { Epilogue::Bf16 };
+        let right = self.right_operand(weight, x, rows);
         let rows = Rows {
-            x: x.rows(rows, DType::Bf16),
-            max_rows: x.max_rows,
             num_rows: rows,
             offsets: None,
             out: out.rows(rows, out.dtype),
             out_stride: out.stride,
+            ..right
         };
         multiply(&mut self.device, weight, rows, epilogue);
     }
@@ -524,19 +580,13 @@ impl Backend for Cuda {
     fn experts_gate_up(&mut self, x: &Tensor, experts: &Experts, routing: &Routing, act: &mut Tensor) {
         let (gate_up, num_rows) = (&experts.gate_up, routing.num_rows());
         assert_eq!((x.features, act.features), (gate_up.cols, gate_up.features));
-        let scratch = self.experts_scratch.buffers.as_ref().expect("experts and routing were made");
-        let (from, permuted) = (x.rows(routing.num_tokens, DType::Bf16), scratch.permuted.address);
-        let (permutation, divisor) = (routing.table(2), routing.top_k as i32);
-        let row_quads = (x.stride * size_of::<bf16>() / 16) as i32;
-        let gather = Grid::new(num_rows, 128);
-        self.device.launch("gather_rows", gather, &[&from, &permutation, &divisor, &permuted, &row_quads]);
+        let right = self.grouped_operand(gate_up, x, routing);
         let rows = Rows {
-            x: permuted,
-            max_rows: self.experts_scratch.max_rows,
             num_rows,
             offsets: Some(self.offsets_of(routing)),
             out: act.rows(num_rows, DType::Bf16),
             out_stride: act.stride,
+            ..right
         };
         multiply(&mut self.device, gate_up, rows, Epilogue::Swiglu);
     }
@@ -544,15 +594,14 @@ impl Backend for Cuda {
     fn experts_down(&mut self, act: &Tensor, experts: &Experts, routing: &Routing, out: &mut Tensor) {
         let (down, num_rows) = (&experts.down, routing.num_rows());
         assert_eq!((act.features, out.features), (down.cols, down.features));
-        let scratch = self.experts_scratch.buffers.as_ref().expect("experts and routing were made");
-        let products = scratch.products.address;
+        let right = self.right_operand(down, act, num_rows);
+        let products = self.experts_scratch.products();
         let rows = Rows {
-            x: act.rows(num_rows, DType::Bf16),
-            max_rows: act.max_rows,
             num_rows,
             offsets: Some(self.offsets_of(routing)),
             out: products,
             out_stride: out.stride,
+            ..right
         };
         multiply(&mut self.device, down, rows, Epilogue::F32);
         let (to, top_k) = (out.rows(routing.num_tokens, DType::F32), routing.top_k as i32);

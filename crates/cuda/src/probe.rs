@@ -38,6 +38,11 @@ impl Capability {
         }
     }
 
+    /// Whether tensor cores multiply e4m3.
+    pub fn has_e4m3(self) -> bool {
+        self >= Self { major: 8, minor: 9 }
+    }
+
     /// Whether the kernels for warpgroups' tensor cores and bulk tensor copies run.
     pub(crate) fn has_wgmma(self) -> bool {
         self == Self { major: 9, minor: 0 }

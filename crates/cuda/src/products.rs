@@ -7,6 +7,7 @@ use cudarc::driver::{DriverError, sys};
 
 use crate::device::{Device, Grid};
 use crate::kernels::{self, Argument, Epilogue, GroupedShape, Tile};
+use crate::quantized::Quantized;
 use crate::tensor::{Matrix, TILE_K};
 
 /// Rows of weights of a tile's box.
@@ -17,8 +18,10 @@ const MMA_BLOCKS_PER_MULTIPROCESSOR: usize = 4;
 /// The right operand and the output of a product.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Rows {
-    /// bf16 `[max_rows, stride of the weights]`.
+    /// `[max_rows, stride of the weights]`, in the format of the weights.
     pub(crate) x: u64,
+    /// f32 `[max_rows]`: the scales of `x` if it is e4m3, else null.
+    pub(crate) scales: u64,
     /// Rows that exist in memory.
     pub(crate) max_rows: usize,
     /// Rows of this step, of all experts together.
@@ -28,6 +31,18 @@ pub(crate) struct Rows {
     /// `[max_rows, out_stride]`.
     pub(crate) out: u64,
     pub(crate) out_stride: usize,
+}
+
+impl Rows {
+    /// A right operand in bf16, without an output yet.
+    pub(crate) fn from(x: u64, max_rows: usize) -> Self {
+        Self { x, scales: 0, max_rows, num_rows: 0, offsets: None, out: 0, out_stride: 0 }
+    }
+
+    /// The same in e4m3.
+    pub(crate) fn from_quantized(rows: Quantized) -> Self {
+        Self { scales: rows.scales, ..Self::from(rows.x, rows.max_rows) }
+    }
 }
 
 /// Launches `out = x · weightsᵀ`.
@@ -41,15 +56,18 @@ pub(crate) fn multiply(device: &mut Device, weights: &Matrix, rows: Rows, epilog
         num_experts: weights.num_experts as i32,
         num_rows: rows.num_rows as i32,
         weight_rows: weights.weight_rows as i32,
-        stride: weights.stride as i32,
+        stride: weights.units() as i32,
         features: weights.features as i32,
         out_stride: rows.out_stride as i32,
+        weight_scales: weights.scales.as_ref().map_or(0, |scales| scales.address),
+        row_scales: rows.scales,
     };
     let tile = choose_tile(kernels::tiles(device.has_wgmma), rows.num_rows, weights.num_experts);
     let num_multiprocessors = device.num_multiprocessors as usize;
     let blocks = if device.has_wgmma { 1 } else { MMA_BLOCKS_PER_MULTIPROCESSOR } * num_multiprocessors;
     let grid = Grid { blocks: [blocks, 1], threads: tile.threads, shared_bytes: tile.shared_bytes };
-    let kernel = tile.kernels[epilogue as usize];
+    let kernels = if weights.scales.is_some() { &tile.e4m3 } else { &tile.bf16 };
+    let kernel = kernels[epilogue as usize];
     if !device.has_wgmma {
         device.launch(kernel, grid, &[&weights.buffer.address, &rows.x, &shape, &rows.out]);
         return;
@@ -57,7 +75,7 @@ pub(crate) fn multiply(device: &mut Device, weights: &Matrix, rows: Rows, epilog
     let maps = device.call(|| {
         Ok([
             TensorMap::of_weights(weights)?,
-            TensorMap::of_rows(rows.x, weights.stride, rows.max_rows, tile.tokens as u32)?,
+            TensorMap::of_rows(rows.x, weights.units(), rows.max_rows, tile.tokens as u32)?,
         ])
     });
     if let Some([weights, x]) = maps {
@@ -83,7 +101,7 @@ unsafe impl Argument for TensorMap {}
 impl TensorMap {
     /// `[expert][row][k]` in boxes of 64 rows.
     fn of_weights(weights: &Matrix) -> Result<Self, DriverError> {
-        let dims = [weights.stride as u64, weights.weight_rows as u64, weights.num_experts as u64];
+        let dims = [weights.units() as u64, weights.weight_rows as u64, weights.num_experts as u64];
         let row_bytes = 2 * dims[0];
         Self::new(
             weights.buffer.address,
@@ -93,13 +111,13 @@ impl TensorMap {
         )
     }
 
-    /// `[row][k]` in boxes of `tokens` rows.
-    fn of_rows(address: u64, stride: usize, max_rows: usize, tokens: u32) -> Result<Self, DriverError> {
-        let dims = [stride as u64, max_rows as u64];
+    /// `[row][k]` in boxes of `tokens` rows; `units` of two bytes each.
+    fn of_rows(address: u64, units: usize, max_rows: usize, tokens: u32) -> Result<Self, DriverError> {
+        let dims = [units as u64, max_rows as u64];
         Self::new(address, &dims, &[2 * dims[0]], &[TILE_K as u32, tokens])
     }
 
-    /// bf16, innermost dimension first, under the 128-byte swizzle.
+    /// Units of two bytes, one bf16 or two e4m3, innermost dimension first, under the 128-byte swizzle.
     fn new(address: u64, dims: &[u64], strides_bytes: &[u64], box_dims: &[u32]) -> Result<Self, DriverError> {
         assert!(dims.len() == box_dims.len() && dims.len() == strides_bytes.len() + 1);
         let mut map = Self(sys::CUtensorMap { opaque: [0; 16] });

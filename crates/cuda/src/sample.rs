@@ -13,7 +13,9 @@ const MAX_TOP: usize = 32;
 /// What the kernel knows as no token: none is forced, or none can be taken.
 const NO_TOKEN: u32 = u32::MAX;
 const NO_LOGPROBS: i32 = -1;
-const THREADS: u32 = 1024;
+/// Threads of a block, for a vocabulary that gives each of them something to do, and for one that does not.
+const THREADS: [u32; 2] = [1024, 128];
+const LARGE_VOCAB: usize = 4096;
 
 /// One step's rows, on the host and on the device; what is on the device grows while the first steps run.
 #[derive(Default)]
@@ -79,7 +81,8 @@ impl Sampler {
         let Buffers { rows, edits, originals, tokens, logprobs } = &buffers;
         let [rows, edits, originals, tokens, logprobs] =
             [rows, edits, originals, tokens, logprobs].map(|b| b.address);
-        let grid = Grid::new(self.rows.len(), THREADS);
+        let threads = if logits.features >= LARGE_VOCAB { THREADS[0] } else { THREADS[1] };
+        let grid = Grid::new(self.rows.len(), threads);
         device.launch(
             "sample",
             grid,

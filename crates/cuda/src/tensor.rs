@@ -14,6 +14,11 @@ pub(crate) fn stride(features: usize) -> usize {
     features.next_multiple_of(TILE_K)
 }
 
+/// The same for e4m3, of which a tile is twice as wide.
+pub(crate) fn stride_e4m3(features: usize) -> usize {
+    features.next_multiple_of(2 * TILE_K)
+}
+
 /// Activations `[max_rows, stride]`.
 pub struct Tensor {
     pub(crate) buffer: Buffer,
@@ -51,9 +56,11 @@ pub struct Vector {
     pub(crate) features: usize,
 }
 
-/// One matrix, or one of each expert: bf16 `[num_experts, weight_rows, stride]`.
+/// One matrix, or one of each expert: `[num_experts, weight_rows, stride]`.
 pub struct Matrix {
     pub(crate) buffer: Buffer,
+    /// f32 `[num_experts, weight_rows]` of e4m3; without them it is bf16.
+    pub(crate) scales: Option<Buffer>,
     pub(crate) num_experts: usize,
     /// Rows of one expert, those that only fill up included.
     pub(crate) weight_rows: usize,
@@ -61,6 +68,13 @@ pub struct Matrix {
     pub(crate) stride: usize,
     /// Features of what it makes.
     pub(crate) features: usize,
+}
+
+impl Matrix {
+    /// Width in units of two bytes, in which the products count.
+    pub(crate) fn units(&self) -> usize {
+        if self.scales.is_some() { self.stride / 2 } else { self.stride }
+    }
 }
 
 /// One layer's experts.

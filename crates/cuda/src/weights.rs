@@ -1,12 +1,12 @@
 //! Weights on their way to the device: rows go through two staging buffers in turn, so that the host decodes one while
 //! the other travels, and a kernel puts them where the products want them. Dummy weights are made on the device.
 
-use backend::{BackendError, WeightData, WeightType, WeightView};
+use backend::{BackendError, MatrixUse, WeightData, WeightType, WeightView};
 use half::bf16;
 
 use crate::device::{Buffer, Device, Grid};
-use crate::kernels::Placement;
-use crate::tensor::{Matrix, stride};
+use crate::kernels::{Argument, Placement};
+use crate::tensor::{Matrix, stride, stride_e4m3};
 
 /// Elements of a staging buffer: 16 MiB.
 const STAGING_ELEMENTS: usize = 8 << 20;
@@ -16,8 +16,37 @@ pub(crate) const STAGING_BYTES: usize = 2 * STAGING_ELEMENTS * size_of::<bf16>()
 const INTERLEAVE: usize = 8;
 const PLACE_THREADS: u32 = 256;
 
+/// How the weights of products are kept; lookups and the router stay bf16.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WeightFormat {
+    /// As published.
+    Bf16,
+    /// FP8 (E4M3), each row with a scale; activations are quantised likewise on their way into a product.
+    E4m3,
+}
+
+impl WeightFormat {
+    /// What the settings call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Bf16 => "bf16",
+            Self::E4m3 => "fp8",
+        }
+    }
+
+    /// Bits of a weight, without the scales of rows.
+    pub fn bits(self) -> f64 {
+        match self {
+            Self::Bf16 => 16.0,
+            Self::E4m3 => 8.0,
+        }
+    }
+}
+
 /// The staging buffers.
 pub(crate) struct Uploader {
+    /// Of products.
+    format: WeightFormat,
     slots: Vec<Slot>,
     next: usize,
 }
@@ -35,8 +64,8 @@ struct Place {
 }
 
 impl Uploader {
-    pub(crate) fn new() -> Self {
-        Self { slots: Vec::new(), next: 0 }
+    pub(crate) fn new(format: WeightFormat) -> Self {
+        Self { format, slots: Vec::new(), next: 0 }
     }
 
     /// One matrix of several parts.
@@ -44,11 +73,14 @@ impl Uploader {
         &mut self,
         device: &mut Device,
         parts: &[WeightView],
+        usage: MatrixUse,
     ) -> Result<Matrix, BackendError> {
+        let format = if usage == MatrixUse::Product { self.format } else { WeightFormat::Bf16 };
         let cols = parts[0].cols;
         assert!(parts.iter().all(|part| part.cols == cols), "stacked matrices have one width");
         let rows = parts.iter().map(|part| part.rows).sum();
-        let matrix = allocate(device, "a matrix", 1, rows, cols, rows)?;
+        let shape = MatrixShape { num_experts: 1, weight_rows: rows, cols, features: rows };
+        let matrix = shape.allocate(device, "a matrix", format)?;
         let mut first_row = 0;
         for part in parts {
             self.place(device, part, &matrix, Place { first_row, interleaved: false })?;
@@ -66,7 +98,8 @@ impl Uploader {
     ) -> Result<Matrix, BackendError> {
         let (ffn, hidden) = (gate[0].rows, gate[0].cols);
         let weight_rows = 2 * ffn.next_multiple_of(INTERLEAVE);
-        let matrix = allocate(device, "the experts of a layer", gate.len(), weight_rows, hidden, ffn)?;
+        let shape = MatrixShape { num_experts: gate.len(), weight_rows, cols: hidden, features: ffn };
+        let matrix = shape.allocate(device, "the experts of a layer", self.format)?;
         for (expert, (gate, up)) in gate.iter().zip(up).enumerate() {
             for (first, view) in [(0, gate), (INTERLEAVE, up)] {
                 assert_eq!((view.rows, view.cols), (ffn, hidden), "experts have one shape");
@@ -80,7 +113,8 @@ impl Uploader {
     /// One matrix of each expert.
     pub(crate) fn down(&mut self, device: &mut Device, down: &[WeightView]) -> Result<Matrix, BackendError> {
         let (rows, cols) = (down[0].rows, down[0].cols);
-        let matrix = allocate(device, "the experts of a layer", down.len(), rows, cols, rows)?;
+        let shape = MatrixShape { num_experts: down.len(), weight_rows: rows, cols, features: rows };
+        let matrix = shape.allocate(device, "the experts of a layer", self.format)?;
         for (expert, view) in down.iter().enumerate() {
             assert_eq!((view.rows, view.cols), (rows, cols), "experts have one shape");
             self.place(device, view, &matrix, Place { first_row: expert * rows, interleaved: false })?;
@@ -102,9 +136,16 @@ impl Uploader {
             interleaved: i32::from(place.interleaved),
         };
         let address = matrix.buffer.address;
+        let scales = matrix.scales.as_ref().map(|scales| scales.address);
         if let WeightData::Dummy { seed, mean, std } = view.data {
             let grid = Grid::new(view.rows, PLACE_THREADS);
-            device.launch("place_dummy", grid, &[&seed, &mean, &std, &address, &placement]);
+            match &scales {
+                None => device.launch("place_dummy", grid, &[&seed, &mean, &std, &address, &placement]),
+                Some(scales) => {
+                    let arguments: [&dyn Argument; 6] = [&seed, &mean, &std, &address, scales, &placement];
+                    device.launch("place_dummy_e4m3", grid, &arguments);
+                }
+            }
             return device.check();
         }
         let rows_per_slot = (STAGING_ELEMENTS / view.cols).max(1);
@@ -112,12 +153,13 @@ impl Uploader {
             let rows = rows_per_slot.min(view.rows - first);
             let slot = self.fill(device, view, first, rows)?;
             device.write_later(&slot.device, 0, &slot.host);
-            let (from, first) = (slot.device.address, first as i32);
-            device.launch(
-                "place_rows",
-                Grid::new(rows, PLACE_THREADS),
-                &[&from, &first, &address, &placement],
-            );
+            let (from, first, grid) = (slot.device.address, first as i32, Grid::new(rows, PLACE_THREADS));
+            match &scales {
+                None => device.launch("place_rows", grid, &[&from, &first, &address, &placement]),
+                Some(scales) => {
+                    device.launch("place_rows_e4m3", grid, &[&from, &first, &address, scales, &placement]);
+                }
+            }
         }
         // Host memory may be written again from here on.
         device.synchronize();
@@ -164,15 +206,26 @@ fn decode_rows(view: &WeightView, first: usize, rows: usize, out: &mut Vec<bf16>
     }
 }
 
-fn allocate(
-    device: &mut Device,
-    what: &str,
+/// The sizes of a [`Matrix`].
+struct MatrixShape {
     num_experts: usize,
     weight_rows: usize,
     cols: usize,
     features: usize,
-) -> Result<Matrix, BackendError> {
-    let stride = stride(cols);
-    let buffer = device.allocate(what, num_experts * weight_rows * stride * size_of::<bf16>())?;
-    Ok(Matrix { buffer, num_experts, weight_rows, cols, stride, features })
+}
+
+impl MatrixShape {
+    fn allocate(self, device: &mut Device, what: &str, format: WeightFormat) -> Result<Matrix, BackendError> {
+        let Self { num_experts, weight_rows, cols, features } = self;
+        let num_rows = num_experts * weight_rows;
+        let (stride, row_bytes, scales) = match format {
+            WeightFormat::Bf16 => (stride(cols), stride(cols) * size_of::<bf16>(), None),
+            WeightFormat::E4m3 => {
+                let scales = device.allocate("scales of weights", num_rows * size_of::<f32>())?;
+                (stride_e4m3(cols), stride_e4m3(cols), Some(scales))
+            }
+        };
+        let buffer = device.allocate(what, num_rows * row_bytes)?;
+        Ok(Matrix { buffer, scales, num_experts, weight_rows, cols, stride, features })
+    }
 }

@@ -66,15 +66,18 @@ fn measure(plan: &Plan, settings: &Settings) -> Result<Report> {
     let runner = model
         .load(settings)
         .with_context(|| format!("cannot measure sequences of {} tokens", settings.max_model_len))?;
-    let mut sequences = Sequences::new(runner, Cost::new(&model.config, model.weights.bits()), plan)?;
-    let options = model.cpu_options(settings);
-    let num_threads = options.num_threads.unwrap_or_else(|| available_parallelism().map_or(1, usize::from));
+    let mut sequences = Sequences::new(runner, Cost::new(&model.config, model.device.weight_bits()), plan)?;
+    let num_threads = match settings.threads {
+        0 => available_parallelism().map_or(1, usize::from),
+        threads => threads,
+    };
     let mut machine = match &model.device {
-        Device::Cpu => {
+        Device::Cpu(formats) => {
+            let options = device::cpu_options(settings, *formats);
             Machine::Cpu(Box::new(Cpu::new(CpuOptions { num_threads: Some(num_threads), ..options })))
         }
-        Device::Cuda(info) => {
-            Machine::Gpu(Box::new(Cuda::new(info.clone(), device::cuda_options(settings))?))
+        Device::Cuda { info, weights } => {
+            Machine::Gpu(Box::new(Cuda::new(info.clone(), device::cuda_options(settings, *weights))?))
         }
     };
     let limits_before = machine.limits()?;
@@ -83,7 +86,7 @@ fn measure(plan: &Plan, settings: &Settings) -> Result<Report> {
     let limits = limits_before.max(limits_after);
     let memory = Memory {
         resident_bytes: memory::resident_bytes(),
-        weight_bytes: ModelSummary::new(&model.config).weight_bytes(model.weights.bits()),
+        weight_bytes: ModelSummary::new(&model.config).weight_bytes(model.device.weight_bits()),
         cache_bytes: sequences.cache_tokens() as u64 * model.token_bytes(),
     };
     Ok(Report {

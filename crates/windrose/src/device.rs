@@ -1,11 +1,11 @@
-//! Which device runs the model, and why: a GPU where there is one that can, the processor elsewhere.
+//! Which device runs the model, in which formats, and why: a GPU where there is one that can, the processor elsewhere.
 
 use std::path::PathBuf;
 
-use anyhow::{Result, anyhow, bail};
-use cpu::Isa;
-use cuda::{CudaOptions, DeviceInfo};
-use model::{ModelConfig, ModelSummary, RunnerOptions};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use cpu::{CpuOptions, Isa, KvFormat, WeightFormat};
+use cuda::{Cuda, CudaOptions, DeviceInfo, WeightFormat as GpuWeights};
+use model::{ModelConfig, ModelFiles, ModelSummary, RunnerOptions, WeightType};
 use tracing::info;
 
 use crate::inspect::bytes;
@@ -15,31 +15,32 @@ use crate::settings::Settings;
 /// The share of the available memory that an automatically sized cache takes at most on the processor, whose memory
 /// belongs to others too.
 const AUTOMATIC_CACHE_SHARE: u64 = 4;
-/// Bits of a weight on a GPU.
-const GPU_WEIGHT_BITS: f64 = 16.0;
-
-/// What runs the model.
+/// What runs the model, and in which formats.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Device {
-    Cpu,
-    Cuda(DeviceInfo),
+    Cpu(CpuFormats),
+    Cuda { info: DeviceInfo, weights: GpuWeights },
+}
+
+/// What the processor keeps weights, and keys and values, in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct CpuFormats {
+    pub(crate) weights: WeightFormat,
+    pub(crate) kv_cache: KvFormat,
 }
 
 impl Device {
     /// The device that the settings name; for "auto" a GPU that can do all that they ask, else the processor.
-    pub(crate) fn choose(settings: &Settings, summary: &ModelSummary) -> Result<Self> {
+    pub(crate) fn choose(settings: &Settings, files: &ModelFiles, config: &ModelConfig) -> Result<Self> {
+        let summary = ModelSummary::new(config);
+        let gpu = || usable_gpu(settings, &summary).map(|(info, weights)| Self::Cuda { info, weights });
         match settings.device.as_str() {
-            "cpu" => Ok(Self::Cpu),
-            "cuda" => {
-                let info = usable_gpu(settings, summary);
-                info.map(Self::Cuda).map_err(|reason| anyhow!("device is \"cuda\", but {reason}"))
-            }
-            "auto" => Ok(match usable_gpu(settings, summary) {
-                Ok(info) => Self::Cuda(info),
-                Err(reason) => {
-                    info!("running on the processor: {reason}");
-                    Self::Cpu
-                }
+            "cpu" => Ok(Self::Cpu(CpuFormats::choose(settings, files, &summary)?)),
+            "cuda" => gpu().map_err(|reason| anyhow!("device is \"cuda\", but {reason}")),
+            "auto" => gpu().or_else(|reason| {
+                ensure!(settings.weights != "fp8", "weights is \"fp8\", which needs a GPU, but {reason}");
+                info!("running on the processor: {reason}");
+                Ok(Self::Cpu(CpuFormats::choose(settings, files, &summary)?))
             }),
             other => bail!("device is \"{other}\", expected \"auto\", \"cpu\" or \"cuda\""),
         }
@@ -48,23 +49,71 @@ impl Device {
     /// What its kernels are called, which decides bits.
     pub(crate) fn kernels(&self) -> String {
         match self {
-            Self::Cpu => Isa::detect().name().to_owned(),
-            Self::Cuda(info) => info.capability.target(),
+            Self::Cpu(_) => Isa::detect().name().to_owned(),
+            Self::Cuda { info, .. } => info.capability.target(),
+        }
+    }
+
+    /// What the settings call the format of its weights.
+    pub(crate) fn weights(&self) -> &'static str {
+        match self {
+            Self::Cpu(formats) => formats.weights.name(),
+            Self::Cuda { weights, .. } => weights.name(),
+        }
+    }
+
+    /// Bits that a weight takes on it.
+    pub(crate) fn weight_bits(&self) -> f64 {
+        match self {
+            Self::Cpu(formats) => formats.weights.bits(),
+            Self::Cuda { weights, .. } => weights.bits(),
+        }
+    }
+
+    /// The format of its keys and values.
+    pub(crate) fn kv_cache(&self) -> KvFormat {
+        match self {
+            Self::Cpu(formats) => formats.kv_cache,
+            Self::Cuda { .. } => KvFormat::Bf16,
         }
     }
 
     /// Memory for a model and its cache.
     pub(crate) fn available_bytes(&self) -> u64 {
         match self {
-            Self::Cpu => memory::available_bytes(),
-            Self::Cuda(info) => info.memory_bytes,
+            Self::Cpu(_) => memory::available_bytes(),
+            Self::Cuda { info, .. } => info.memory_bytes,
         }
     }
 }
 
+impl CpuFormats {
+    fn choose(settings: &Settings, files: &ModelFiles, summary: &ModelSummary) -> Result<Self> {
+        let (weights, kv_cache) = (&settings.weights, &settings.kv_cache);
+        let weights = match WeightFormat::ALL.into_iter().find(|format| format.name() == weights) {
+            Some(format) => format,
+            None if weights == "auto" => automatic_format(files, summary, memory::available_bytes()),
+            None => bail!(
+                "weights is \"{weights}\", expected \"auto\", \"bf16\", \"q8\" or \"q4\", or \"fp8\" on a GPU"
+            ),
+        };
+        let kv_cache = KvFormat::ALL
+            .into_iter()
+            .find(|format| format.name() == kv_cache)
+            .with_context(|| format!("kv_cache is \"{kv_cache}\", expected \"bf16\" or \"q8\""))?;
+        Ok(Self { weights, kv_cache })
+    }
+}
+
+/// What the settings say of the processor.
+pub(crate) fn cpu_options(settings: &Settings, formats: CpuFormats) -> CpuOptions {
+    let num_threads = (settings.threads > 0).then_some(settings.threads);
+    CpuOptions { num_threads, isa: None, weights: formats.weights, kv_cache: formats.kv_cache }
+}
+
 /// What the settings say of a GPU.
-pub(crate) fn cuda_options(settings: &Settings) -> CudaOptions {
-    CudaOptions { graphs: settings.cuda_graphs, kernel_cache: kernel_cache(settings) }
+pub(crate) fn cuda_options(settings: &Settings, weights: GpuWeights) -> CudaOptions {
+    CudaOptions { weights, graphs: settings.cuda_graphs, kernel_cache: kernel_cache(settings) }
 }
 
 /// The directory of compiled kernels, if they are kept.
@@ -91,6 +140,7 @@ pub(crate) fn cpu_cache_bytes() -> u64 {
 pub(crate) fn gpu_cache_bytes(
     settings: &Settings,
     info: &DeviceInfo,
+    weights: GpuWeights,
     free_bytes: u64,
     config: &ModelConfig,
     options: &RunnerOptions,
@@ -100,9 +150,14 @@ pub(crate) fn gpu_cache_bytes(
         bail!("gpu_memory_utilization is {utilization}, expected 0.1 to 1.0");
     }
     let budget = free_bytes.min((info.memory_bytes as f64 * utilization) as u64);
-    let weights = ModelSummary::new(config).weight_bytes(GPU_WEIGHT_BITS);
-    let max_tokens = options.max_num_batched_tokens;
-    let scratch = cuda::Cuda::scratch_bytes(max_tokens, config.hidden_size, config.route);
+    let scratch = Cuda::scratch_bytes(
+        weights,
+        options.max_num_batched_tokens,
+        config.hidden_size,
+        config.ffn_size,
+        config.route,
+    );
+    let weights = ModelSummary::new(config).weight_bytes(weights.bits());
     let workspace = options.workspace_bytes(config) + scratch;
     info!(
         budget = bytes(budget),
@@ -124,18 +179,50 @@ pub(crate) fn gpu_cache_bytes(
     })
 }
 
+/// The most precise format in which the weights fit, but none that is wasted on what is stored; the smallest if none
+/// fits.
+fn automatic_format(files: &ModelFiles, summary: &ModelSummary, available_bytes: u64) -> WeightFormat {
+    let stored = match files {
+        ModelFiles::Gguf(gguf) => gguf.main_type(),
+        ModelFiles::Directory(_) | ModelFiles::Embedded(_) => WeightType::Bf16,
+    };
+    let precise = match stored {
+        WeightType::Bf16 | WeightType::F16 | WeightType::F32 => WeightFormat::Bf16,
+        WeightType::Q8_0 | WeightType::Q4K | WeightType::Q5K | WeightType::Q6K => WeightFormat::Q8,
+        // A group of 32 with one scale, as ours: it keeps its values.
+        WeightType::Q4_0 => WeightFormat::Q4,
+    };
+    let fits = |format: &WeightFormat| summary.weight_bytes(format.bits()) <= available_bytes;
+    let mut candidates = WeightFormat::ALL.into_iter().skip_while(|&format| format != precise);
+    candidates.find(fits).unwrap_or(WeightFormat::Q4)
+}
+
 /// A GPU that can do all that the settings ask, or why there is none.
-pub(crate) fn usable_gpu(settings: &Settings, summary: &ModelSummary) -> Result<DeviceInfo, String> {
+pub(crate) fn usable_gpu(
+    settings: &Settings,
+    summary: &ModelSummary,
+) -> Result<(DeviceInfo, GpuWeights), String> {
     let info = cuda::probe().map_err(|reason| reason.to_string())?;
-    for (key, format) in [("weights", &settings.weights), ("kv_cache", &settings.kv_cache)] {
-        if !matches!(format.as_str(), "auto" | "bf16") {
-            return Err(format!("{key} is \"{format}\", and on a GPU it can only be \"bf16\""));
+    if settings.kv_cache != "bf16" {
+        return Err(format!("kv_cache is \"{}\", and on a GPU it can only be \"bf16\"", settings.kv_cache));
+    }
+    let formats = match settings.weights.as_str() {
+        "auto" => &[GpuWeights::Bf16, GpuWeights::E4m3][..],
+        "bf16" => &[GpuWeights::Bf16],
+        "fp8" => &[GpuWeights::E4m3],
+        other => return Err(format!("weights is \"{other}\", and a GPU has \"bf16\" and \"fp8\"")),
+    };
+    let mut formats =
+        formats.iter().filter(|&&format| format == GpuWeights::Bf16 || info.capability.has_e4m3());
+    let least_bytes = formats.clone().map(|format| summary.weight_bytes(format.bits())).min();
+    let Some(least_bytes) = least_bytes else {
+        return Err(format!("weights is \"fp8\", which {} does not multiply", info.name));
+    };
+    match formats.find(|format| summary.weight_bytes(format.bits()) <= info.memory_bytes) {
+        Some(&format) => Ok((info, format)),
+        None => {
+            let memory = bytes(info.memory_bytes);
+            Err(format!("the weights take {} and {} has {memory}", bytes(least_bytes), info.name))
         }
     }
-    let needed = summary.weight_bytes(GPU_WEIGHT_BITS);
-    if needed > info.memory_bytes {
-        let (needed, memory) = (bytes(needed), bytes(info.memory_bytes));
-        return Err(format!("the weights take {needed} and {} has {memory}", info.name));
-    }
-    Ok(info)
 }

@@ -21,12 +21,12 @@ pub(crate) fn run(settings: &Settings) -> Result<()> {
     let model = Model::find(settings)?;
     let summary = ModelSummary::new(&model.config);
     let mut page = String::new();
-    let weights = bytes(summary.weight_bytes(model.weights.bits()));
-    row(&mut page, "model", format!("{}, {weights} in {}", model.name, model.weights.name()));
+    let weights = bytes(summary.weight_bytes(model.device.weight_bits()));
+    row(&mut page, "model", format!("{}, {weights} in {}", model.name, model.device.weights()));
     let runs_on = match (&model.device, usable_gpu(settings, &summary)) {
-        (Device::Cuda(info), _) => info.name.clone(),
-        (Device::Cpu, Err(reason)) => format!("the processor: {reason}"),
-        (Device::Cpu, Ok(_)) => "the processor, as the settings say".to_owned(),
+        (Device::Cuda { info, .. }, _) => info.name.clone(),
+        (Device::Cpu(_), Err(reason)) => format!("the processor: {reason}"),
+        (Device::Cpu(_), Ok(_)) => "the processor, as the settings say".to_owned(),
     };
     row(&mut page, "runs on", runs_on);
     print!("{page}");

@@ -31,8 +31,8 @@ pub(crate) fn of(model: &Model, settings: &Settings) -> Result<String> {
             "{} {} {} {}",
             model.device.kernels(),
             settings.dummy_weights,
-            model.weights.name(),
-            model.kv_cache.name()
+            model.device.weights(),
+            model.device.kv_cache().name()
         )
         .as_bytes(),
     );

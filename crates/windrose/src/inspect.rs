@@ -64,11 +64,11 @@ fn parameters(config: &ModelConfig, summary: &ModelSummary) -> String {
 
 fn capacity(model: &Model, summary: &ModelSummary, available_bytes: u64) -> String {
     let available = bytes(available_bytes);
-    let name = model.weights.name();
-    match available_bytes.checked_sub(summary.weight_bytes(model.weights.bits())) {
+    let name = model.device.weights();
+    match available_bytes.checked_sub(summary.weight_bytes(model.device.weight_bits())) {
         None => format!("no: {available} of memory are available, less than the weights in {name}"),
         Some(left) => {
-            let tokens = left / token_bytes(summary, &model.config, model.kv_cache);
+            let tokens = left / token_bytes(summary, &model.config, model.device.kv_cache());
             let contexts = tokens / model.config.max_position_embeddings as u64;
             format!(
                 "{tokens} tokens of cache in {available} beside the weights in {name}, {contexts} full contexts"

@@ -5,17 +5,13 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use backend::Backend;
-use cpu::{Cpu, CpuOptions, KvFormat, WeightFormat};
+use cpu::{Cpu, KvFormat};
 use cuda::Cuda;
-use model::{
-    MixtralRunner, ModelConfig, ModelFiles, ModelRunner, ModelSummary, RunnerOptions, WeightSource,
-    WeightType,
-};
+use model::{MixtralRunner, ModelConfig, ModelFiles, ModelRunner, ModelSummary, RunnerOptions, WeightSource};
 use tracing::info;
 
 use crate::device::{self, Device};
 use crate::inspect::bytes;
-use crate::memory;
 use crate::packed_file::PackedFile;
 use crate::progress::Progress;
 use crate::settings::Settings;
@@ -28,12 +24,8 @@ pub(crate) struct Model {
     pub(crate) name: String,
     pub(crate) files: ModelFiles,
     pub(crate) config: ModelConfig,
-    /// What will run it.
+    /// What will run it, and in which formats.
     pub(crate) device: Device,
-    /// The format in which its weights will be kept.
-    pub(crate) weights: WeightFormat,
-    /// The format of its keys and values.
-    pub(crate) kv_cache: KvFormat,
 }
 
 impl Model {
@@ -50,33 +42,36 @@ impl Model {
         let config = ModelConfig::load(&files)?;
         let named = !settings.served_model_name.is_empty();
         let name = if named { settings.served_model_name.clone() } else { default_name };
-        let device = Device::choose(settings, &ModelSummary::new(&config))?;
-        let (weights, kv_cache) = match &device {
-            Device::Cpu => (weight_format(settings, &files, &config)?, kv_format(settings)?),
-            Device::Cuda(_) => (WeightFormat::Bf16, KvFormat::Bf16),
-        };
-        Ok(Self { name, files, config, device, weights, kv_cache })
+        let device = Device::choose(settings, &files, &config)?;
+        Ok(Self { name, files, config, device })
     }
 
     /// Loads the weights onto the device.
     pub(crate) fn load(&self, settings: &Settings) -> Result<Box<dyn ModelRunner>> {
         let options = self.runner_options(settings)?;
         match &self.device {
-            Device::Cpu => self.load_on_cpu(settings, options),
-            Device::Cuda(info) => {
-                let backend = Cuda::new(info.clone(), device::cuda_options(settings))?;
+            Device::Cpu(formats) => {
+                self.load_on_cpu(settings, Cpu::new(device::cpu_options(settings, *formats)), options)
+            }
+            Device::Cuda { info, weights } => {
+                let backend = Cuda::new(info.clone(), device::cuda_options(settings, *weights))?;
                 let free = backend.free_bytes()?;
-                let granted = || device::gpu_cache_bytes(settings, info, free, &self.config, &options);
+                let granted =
+                    || device::gpu_cache_bytes(settings, info, *weights, free, &self.config, &options);
                 let num_blocks = 1 + self.num_cache_blocks(settings, &options, granted)?;
                 self.load_on(backend, settings, RunnerOptions { num_blocks, ..options })
             }
         }
     }
 
-    fn load_on_cpu(&self, settings: &Settings, options: RunnerOptions) -> Result<Box<dyn ModelRunner>> {
+    fn load_on_cpu(
+        &self,
+        settings: &Settings,
+        mut backend: Cpu,
+        options: RunnerOptions,
+    ) -> Result<Box<dyn ModelRunner>> {
         let num_blocks = 1 + self.num_cache_blocks(settings, &options, || Ok(device::cpu_cache_bytes()))?;
         let options = RunnerOptions { num_blocks, ..options };
-        let mut backend = Cpu::new(self.cpu_options(settings));
         let file = PackedFile::of(self, settings)?;
         let to_be_written = match file {
             Some(file) if !file.use_in(&mut backend) => Some((file, backend.record())),
@@ -102,7 +97,7 @@ impl Model {
         let summary = ModelSummary::new(&self.config);
         info!(
             model = self.name,
-            weights = bytes(summary.weight_bytes(self.weights.bits())),
+            weights = bytes(summary.weight_bytes(self.device.weight_bits())),
             cache = bytes(self.token_bytes() * (options.num_blocks * options.block_size) as u64),
             cache_tokens = (options.num_blocks - 1) * options.block_size,
             max_model_len = options.max_model_len,
@@ -121,15 +116,9 @@ impl Model {
         Ok(Box::new(runner))
     }
 
-    /// How the CPU backend runs it.
-    pub(crate) fn cpu_options(&self, settings: &Settings) -> CpuOptions {
-        let num_threads = (settings.threads > 0).then_some(settings.threads);
-        CpuOptions { num_threads, isa: None, weights: self.weights, kv_cache: self.kv_cache }
-    }
-
     /// What a token takes in the cache.
     pub(crate) fn token_bytes(&self) -> u64 {
-        token_bytes(&ModelSummary::new(&self.config), &self.config, self.kv_cache)
+        token_bytes(&ModelSummary::new(&self.config), &self.config, self.device.kv_cache())
     }
 
     /// The runner's limits, without a cache.
@@ -187,39 +176,6 @@ impl Model {
         );
         Ok(num_blocks)
     }
-}
-
-fn kv_format(settings: &Settings) -> Result<KvFormat> {
-    let named = KvFormat::ALL.into_iter().find(|format| format.name() == settings.kv_cache);
-    named.with_context(|| format!("kv_cache is \"{}\", expected \"bf16\" or \"q8\"", settings.kv_cache))
-}
-
-fn weight_format(settings: &Settings, files: &ModelFiles, config: &ModelConfig) -> Result<WeightFormat> {
-    if settings.weights == "auto" {
-        return Ok(automatic_format(files, &ModelSummary::new(config), memory::available_bytes()));
-    }
-    let named = WeightFormat::ALL.into_iter().find(|format| format.name() == settings.weights);
-    named.with_context(|| {
-        format!("weights is \"{}\", expected \"auto\", \"bf16\", \"q8\" or \"q4\"", settings.weights)
-    })
-}
-
-/// The most precise format in which the weights fit, but none that is wasted on what is stored; the smallest if none
-/// fits.
-fn automatic_format(files: &ModelFiles, summary: &ModelSummary, available_bytes: u64) -> WeightFormat {
-    let stored = match files {
-        ModelFiles::Gguf(gguf) => gguf.main_type(),
-        ModelFiles::Directory(_) | ModelFiles::Embedded(_) => WeightType::Bf16,
-    };
-    let precise = match stored {
-        WeightType::Bf16 | WeightType::F16 | WeightType::F32 => WeightFormat::Bf16,
-        WeightType::Q8_0 | WeightType::Q4K | WeightType::Q5K | WeightType::Q6K => WeightFormat::Q8,
-        // A group of 32 with one scale, as ours: it keeps its values.
-        WeightType::Q4_0 => WeightFormat::Q4,
-    };
-    let fits = |format: &WeightFormat| summary.weight_bytes(format.bits()) <= available_bytes;
-    let mut candidates = WeightFormat::ALL.into_iter().skip_while(|&format| format != precise);
-    candidates.find(fits).unwrap_or(WeightFormat::Q4)
 }
 
 /// What a token takes in the cache.

@@ -13,6 +13,7 @@ use cpu::{Cpu, ImageKey, PackedMatrix, WeightFormat};
 use model::ModelFiles;
 use tracing::{info, warn};
 
+use crate::device::{CpuFormats, Device};
 use crate::fingerprint;
 use crate::inspect::bytes;
 use crate::load::Model;
@@ -32,11 +33,12 @@ impl PackedFile {
     /// # Errors
     /// If the model's files cannot be read.
     pub(crate) fn of(model: &Model, settings: &Settings) -> Result<Option<Self>> {
-        let wanted = model.weights != WeightFormat::Bf16 && settings.packed_dir != "off";
+        let Device::Cpu(CpuFormats { weights: format, .. }) = model.device else { return Ok(None) };
+        let wanted = format != WeightFormat::Bf16 && settings.packed_dir != "off";
         if !wanted || settings.dummy_seed()?.is_some() {
             return Ok(None);
         }
-        let name = format!("windrose-{}.packed", model.weights.name());
+        let name = format!("windrose-{}.packed", format.name());
         let named = |model: &str| format!("{}.{name}", model.replace(['/', '\\'], "-"));
         let beside = match &model.files {
             ModelFiles::Embedded(_) => return Ok(None),
@@ -51,7 +53,7 @@ impl PackedFile {
             other => (other.into(), named(&model.name)),
         };
         let key = fingerprint::of_weights(&model.files)?;
-        Ok(Some(Self { directory, name, format: model.weights, key }))
+        Ok(Some(Self { directory, name, format, key }))
     }
 
     pub(crate) fn path(&self) -> PathBuf {

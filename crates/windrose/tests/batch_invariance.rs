@@ -12,7 +12,7 @@ use std::time::Instant;
 use backend::sampling::mix64;
 use backend::{Backend, Reference};
 use cpu::{Cpu, CpuOptions, Isa, KvFormat, WeightFormat};
-use cuda::{Cuda, CudaOptions};
+use cuda::{Cuda, CudaOptions, WeightFormat as GpuWeights};
 use engine::{Engine, EngineConfig, Event, EventSink, FinishReason, Request, SinkClosed};
 use model::{MixtralRunner, ModelConfig, ModelFiles, RunnerOptions, SampleParams, WeightSource};
 
@@ -163,11 +163,15 @@ fn the_reference_is_batch_invariant() {
 #[test]
 fn the_gpu_is_batch_invariant() {
     if let Some(info) = cuda::probe_or_skip() {
-        for graphs in [false, true] {
-            check(|| {
-                Cuda::new(info.clone(), CudaOptions { graphs, ..CudaOptions::default() })
-                    .expect("the device opens")
-            });
+        for (weights, graphs) in
+            [(GpuWeights::Bf16, false), (GpuWeights::Bf16, true), (GpuWeights::E4m3, true)]
+        {
+            if weights == GpuWeights::E4m3 && !info.capability.has_e4m3() {
+                println!("skipped: {} does not multiply fp8", info.name);
+                continue;
+            }
+            let options = CudaOptions { weights, graphs, kernel_cache: None };
+            check(|| Cuda::new(info.clone(), options.clone()).expect("the device opens"));
         }
     }
 }

@@ -62,8 +62,13 @@ fn without_a_gpu_the_processor_serves_and_one_line_says_why() {
     let page = String::from_utf8_lossy(&doctor.stdout);
     assert!(doctor.status.success() && page.contains(&format!("the processor: {reason}")), "{page}");
 
-    for command in [&["generate", "Hello"][..], &["doctor"]] {
-        let output = windrose().args(command).args(["--device", "cuda"]).output().unwrap();
+    let needs_gpu = [
+        &["generate", "Hello", "--device", "cuda"][..],
+        &["doctor", "--device", "cuda"],
+        &["doctor", "--weights", "fp8"],
+    ];
+    for command in needs_gpu {
+        let output = windrose().args(command).output().unwrap();
         let log = String::from_utf8_lossy(&output.stderr);
         assert!(!output.status.success() && log.contains(&reason), "{log}");
     }
@@ -78,8 +83,12 @@ fn the_demo_model_answers_on_a_gpu() {
 
     let log = log_of_start("auto");
     assert!(log.contains("backend=\"cuda "), "{log}");
-    let output = windrose().args(["generate", "--device", "cuda", "What is 12 + 30?"]).output().unwrap();
-    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "42", "{output:?}");
+    let formats = if gpu.capability.has_e4m3() { &["bf16", "fp8"][..] } else { &["bf16"] };
+    for weights in formats {
+        let question = ["generate", "--device", "cuda", "--weights", weights, "What is 12 + 30?"];
+        let output = windrose().args(question).output().unwrap();
+        assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "42", "{output:?}");
+    }
 }
 
 #[test]
