@@ -110,12 +110,13 @@ REGISTER_KERNEL(coordinates)
 
 // ---- numbers ---------------------------------------------------------------------------------------------------
 
-KERNEL(256, numbers)(const float* in, int count, uint32_t* packed, float* rounded, float* powers) {
+KERNEL(256, numbers)(const float* in, int count, uint32_t* packed, uint16_t* eighths, float* rounded, float* powers) {
   int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= count) return;
   packed[i] = pack_bf16(in[i], -in[i]);
   rounded[i] = to_f32(to_bf16(in[i]));
   powers[i] = exp2_approx(in[i]);
+  eighths[i] = pack_e4m3(in[i] / 8.0f, -in[i]);
 }
 REGISTER_KERNEL(numbers)
 

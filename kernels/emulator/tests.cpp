@@ -219,24 +219,45 @@ static float rounded_to_bf16(float x) {
   return static_cast<float>(std::nearbyint(x / unit) * unit);
 }
 
+// The number of e4m3 that is nearest, the even one of two; found among all of them.
+static uint8_t nearest_e4m3(float x) {
+  auto value = [](int code) {
+    int exponent = code >> 3, mantissa = code & 7;
+    return exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
+  };
+  double magnitude = std::min(std::fabs(static_cast<double>(x)), 448.0);
+  int nearest = 0;
+  for (int code = 1; code <= 0x7e; code++) {
+    double gain = std::fabs(value(nearest) - magnitude) - std::fabs(value(code) - magnitude);
+    if (gain > 0.0 || (gain == 0.0 && code % 2 == 0)) nearest = code;
+  }
+  return static_cast<uint8_t>(nearest | (std::signbit(x) ? 0x80 : 0));
+}
+
 static bool test_numbers(const Options& options) {
   constexpr int COUNT = 4096;
   Buffer<float> in(COUNT), rounded(COUNT), powers(COUNT);
   Buffer<uint32_t> packed(COUNT);
+  Buffer<uint16_t> eighths(COUNT);
   for (int i = 0; i < COUNT; i++) {
     uint32_t bits = next_random() << 1 ^ next_random();
     // Every second one lies half way between two bf16.
     if (i % 2 == 0) bits = (bits & 0xffff0000u) | 0x8000u;
     in[i] = emulator::bits_to_float(bits);
     if (std::isnan(in[i])) in[i] = 1.0f;
+    // Every fourth one is of the size of e4m3's numbers, and some of those lie half way between two.
+    if (i % 4 == 1) in[i] = std::ldexp(static_cast<float>(i / 4 % 64), i % 15 - 9);
   }
   in[0] = -INFINITY, in[1] = INFINITY, in[2] = 3.4e38f, in[3] = -127.0f, in[4] = 0.0f, in[5] = 0.5f, in[6] = -126.0f;
-  launch("numbers", options, Shape{COUNT / 256, 256}, in.data(), COUNT, packed.data(), rounded.data(), powers.data());
+  launch("numbers", options, Shape{COUNT / 256, 256}, in.data(), COUNT, packed.data(), eighths.data(), rounded.data(),
+         powers.data());
   bool right = powers[0] == 0.0f && powers[3] == 0.0f && powers[4] == 1.0f && powers[6] > 0.0f;
   for (int i = 0; i < COUNT; i++) {
     float wanted = rounded_to_bf16(in[i]);
     right = right && rounded[i] == wanted;
     right = right && packed[i] == (to_bf16(in[i]).bits | static_cast<uint32_t>(to_bf16(-in[i]).bits) << 16);
+    uint16_t wanted_eighths = static_cast<uint16_t>(nearest_e4m3(in[i] / 8.0f) | nearest_e4m3(-in[i]) << 8);
+    right = right && eighths[i] == wanted_eighths;
     double power = std::exp2(static_cast<double>(in[i]));
     if (power > 1.2e-38 && power < 3e38) right = right && std::fabs(powers[i] - power) <= 2.4e-7 * power;
   }

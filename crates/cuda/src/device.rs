@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use backend::BackendError;
 use cudarc::driver::{
-    CudaContext, CudaFunction, CudaGraph, CudaSlice, CudaStream, DevicePtr, DriverError, result, sys,
+    CudaContext, CudaEvent, CudaFunction, CudaGraph, CudaSlice, CudaStream, DevicePtr, DriverError,
+    PinnedHostSlice, result, sys,
 };
 use cudarc::nvrtc::Ptx;
 
@@ -34,6 +35,13 @@ impl Buffer {
     pub(crate) fn num_bytes(&self) -> usize {
         self.slice.num_bytes()
     }
+}
+
+/// Bytes on the host that the device copies from by itself.
+pub(crate) struct PinnedBuffer {
+    slice: PinnedHostSlice<u8>,
+    /// The end of the last copy from it.
+    copied: Option<CudaEvent>,
 }
 
 struct Kernel {
@@ -108,6 +116,32 @@ impl Device {
         })?;
         let address = slice.device_ptr(&self.stream).0;
         Ok(Buffer { slice, address })
+    }
+
+    /// Allocates zeroed host memory that copies need not wait for.
+    pub(crate) fn allocate_pinned(&mut self, num_bytes: usize) -> Result<PinnedBuffer, BackendError> {
+        // SAFETY: zeros are written before anything is read.
+        let mut slice = unsafe { self.stream.context().alloc_pinned::<u8>(num_bytes) }.map_err(failed)?;
+        slice.as_mut_slice().map_err(failed)?.fill(0);
+        Ok(PinnedBuffer { slice, copied: None })
+    }
+
+    /// The bytes, once no copy reads them any more; `None` and the error is kept.
+    pub(crate) fn pinned_bytes<'a>(&mut self, buffer: &'a mut PinnedBuffer) -> Option<&'a mut [u8]> {
+        if let Some(copied) = buffer.copied.take() {
+            self.call(|| copied.synchronize())?;
+        }
+        self.call(|| buffer.slice.as_mut_slice())
+    }
+
+    /// Copies the first bytes to the device in the order of the stream, without waiting.
+    pub(crate) fn write_pinned(&mut self, to: &Buffer, from: &mut PinnedBuffer, num_bytes: usize) {
+        assert!(num_bytes <= to.num_bytes());
+        let Some(bytes) = self.pinned_bytes(from) else { return };
+        let (bytes, stream) = (&bytes[..num_bytes], self.stream.clone());
+        // SAFETY: the destination is in bounds, and `pinned_bytes` gives the source to nobody before the event.
+        self.call(|| unsafe { result::memcpy_htod_async(to.address, bytes, stream.cu_stream()) });
+        from.copied = self.call(|| stream.record_event(None));
     }
 
     /// Launches a kernel with arguments that are what it declares: nothing checks them but the tests, all of which also

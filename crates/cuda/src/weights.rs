@@ -1,20 +1,25 @@
-//! Weights on their way to the device: rows go through two staging buffers in turn, so that the host decodes one while
-//! the other travels, and a kernel puts them where the products want them. Dummy weights are made on the device.
+//! Weights on their way to the device: rows go through two staging buffers in turn, so that the host's threads decode one
+//! while the other travels, and a kernel puts them where the products want them. Dummy weights are made on the device.
+
+use std::thread::available_parallelism;
 
 use backend::{BackendError, MatrixUse, WeightData, WeightType, WeightView};
 use half::bf16;
 
-use crate::device::{Buffer, Device, Grid};
+use crate::device::{Buffer, Device, Grid, PinnedBuffer};
 use crate::kernels::{Argument, Placement};
 use crate::tensor::{Matrix, stride, stride_e4m3};
 
 /// Elements of a staging buffer: 16 MiB.
 const STAGING_ELEMENTS: usize = 8 << 20;
-/// Of both staging buffers.
-pub(crate) const STAGING_BYTES: usize = 2 * STAGING_ELEMENTS * size_of::<bf16>();
+const NUM_SLOTS: usize = 2;
+/// Of all staging buffers on the device.
+pub(crate) const STAGING_BYTES: usize = NUM_SLOTS * STAGING_ELEMENTS * size_of::<bf16>();
 /// Rows of gate, then rows of up, that lie side by side.
 const INTERLEAVE: usize = 8;
 const PLACE_THREADS: u32 = 256;
+/// Threads that decode; a few fill the bus.
+const MAX_DECODERS: usize = 8;
 
 /// How the weights of products are kept; lookups and the router stay bf16.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,7 +57,7 @@ pub(crate) struct Uploader {
 }
 
 struct Slot {
-    host: Vec<bf16>,
+    host: PinnedBuffer,
     device: Buffer,
 }
 
@@ -151,9 +156,8 @@ impl Uploader {
         let rows_per_slot = (STAGING_ELEMENTS / view.cols).max(1);
         for first in (0..view.rows).step_by(rows_per_slot) {
             let rows = rows_per_slot.min(view.rows - first);
-            let slot = self.fill(device, view, first, rows)?;
-            device.write_later(&slot.device, 0, &slot.host);
-            let (from, first, grid) = (slot.device.address, first as i32, Grid::new(rows, PLACE_THREADS));
+            let from = self.send(device, view, first, rows)?;
+            let (first, grid) = (first as i32, Grid::new(rows, PLACE_THREADS));
             match &scales {
                 None => device.launch("place_rows", grid, &[&from, &first, &address, &placement]),
                 Some(scales) => {
@@ -161,48 +165,60 @@ impl Uploader {
                 }
             }
         }
-        // Host memory may be written again from here on.
-        device.synchronize();
         device.check()
     }
 
-    /// Decodes rows into the next slot.
-    fn fill(
+    /// Decodes rows into the next slot and sends them; where they are on the device, until the slot's next turn.
+    fn send(
         &mut self,
         device: &mut Device,
         view: &WeightView,
         first: usize,
         rows: usize,
-    ) -> Result<&Slot, BackendError> {
-        if self.slots.len() < 2 {
-            let device =
-                device.allocate("staging of weights", STAGING_ELEMENTS.max(view.cols) * size_of::<bf16>())?;
-            self.slots.push(Slot { host: Vec::new(), device });
+    ) -> Result<u64, BackendError> {
+        let num_bytes = STAGING_ELEMENTS.max(view.cols) * size_of::<bf16>();
+        let index = self.next;
+        self.next = (index + 1) % NUM_SLOTS;
+        if self.slots.get(index).is_none_or(|slot| slot.device.num_bytes() < num_bytes) {
+            let host = device.allocate_pinned(num_bytes)?;
+            let slot = Slot { host, device: device.allocate("staging of weights", num_bytes)? };
+            self.slots.truncate(index);
+            self.slots.push(slot);
         }
-        let index = self.next % self.slots.len();
-        if index == 0 {
-            device.synchronize();
-        }
-        self.next = index + 1;
         let slot = &mut self.slots[index];
-        decode_rows(view, first, rows, &mut slot.host);
-        Ok(slot)
+        if let Some(bytes) = device.pinned_bytes(&mut slot.host) {
+            let elements = bytemuck::cast_slice_mut(bytes);
+            decode_rows(view, first, &mut elements[..rows * view.cols]);
+        }
+        device.write_pinned(&slot.device, &mut slot.host, rows * view.cols * size_of::<bf16>());
+        Ok(slot.device.address)
     }
 }
 
-fn decode_rows(view: &WeightView, first: usize, rows: usize, out: &mut Vec<bf16>) {
-    out.clear();
+/// Decodes rows from `first` on, a share of them on each of a few threads: one alone is slower than the bus.
+fn decode_rows(view: &WeightView, first: usize, out: &mut [bf16]) {
+    let num_threads = available_parallelism().map_or(1, usize::from).min(MAX_DECODERS);
+    let rows_per_thread = (out.len() / view.cols).div_ceil(num_threads);
+    std::thread::scope(|scope| {
+        let starts = (first..).step_by(rows_per_thread);
+        for (start, rows) in starts.zip(out.chunks_mut(rows_per_thread * view.cols)) {
+            scope.spawn(move || decode_share(view, start, rows));
+        }
+    });
+}
+
+fn decode_share(view: &WeightView, first: usize, out: &mut [bf16]) {
     if let (WeightData::Stored(bytes), WeightType::Bf16) = (&view.data, view.dtype) {
         let row_bytes = view.dtype.row_bytes(view.cols);
         assert_eq!(bytes.len(), view.rows * row_bytes);
-        out.resize(rows * view.cols, bf16::ZERO);
-        bytemuck::cast_slice_mut(out).copy_from_slice(&bytes[first * row_bytes..][..rows * row_bytes]);
+        let out: &mut [u8] = bytemuck::cast_slice_mut(out);
+        out.copy_from_slice(&bytes[first * row_bytes..][..out.len()]);
         return;
     }
     let mut decoded = vec![0.0; view.cols];
-    for row in first..first + rows {
+    for (row, out) in (first..).zip(out.chunks_mut(view.cols)) {
         view.row_to_f32(row, &mut decoded);
-        out.extend(decoded.iter().map(|&element| bf16::from_f32(element)));
+        out.iter_mut().zip(&decoded).for_each(|(out, &element)| *out = bf16::from_f32(element));
     }
 }
 
