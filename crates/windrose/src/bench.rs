@@ -98,7 +98,7 @@ fn measure(plan: &Plan, settings: &Settings) -> Result<Report> {
         output_len: plan.output_len,
         repetitions: plan.repetitions,
         seed: plan.seed,
-        max_num_batched_tokens: settings.max_num_batched_tokens,
+        max_num_batched_tokens: model.runner_options(settings)?.max_num_batched_tokens,
         limits_before,
         limits_after,
         memory,

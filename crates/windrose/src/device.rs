@@ -78,6 +78,15 @@ impl Device {
         }
     }
 
+    /// Sequences and tokens of a step, if the settings leave that open: what keeps it busy for some tens of
+    /// milliseconds, and weights in use.
+    pub(crate) fn batch_sizes(&self) -> (usize, usize) {
+        match self {
+            Self::Cpu(_) => (64, 512),
+            Self::Cuda { .. } => (256, 4096),
+        }
+    }
+
     /// Memory for a model and its cache.
     pub(crate) fn available_bytes(&self) -> u64 {
         match self {

@@ -122,30 +122,34 @@ impl Model {
     }
 
     /// The runner's limits, without a cache.
-    fn runner_options(&self, settings: &Settings) -> Result<RunnerOptions> {
+    pub(crate) fn runner_options(&self, settings: &Settings) -> Result<RunnerOptions> {
         let trained_len = self.config.max_position_embeddings;
         let max_model_len = if settings.max_model_len == 0 { trained_len } else { settings.max_model_len };
         ensure!(
             max_model_len <= trained_len,
             "max_model_len is {max_model_len}, and this model was trained for {trained_len} positions"
         );
+        let chosen = |setting, automatic| if setting == 0 { automatic } else { setting };
+        let (automatic_seqs, automatic_tokens) = self.device.batch_sizes();
+        let max_num_seqs = chosen(settings.max_num_seqs, automatic_seqs);
+        let max_num_batched_tokens =
+            chosen(settings.max_num_batched_tokens, automatic_tokens.max(max_num_seqs));
         for (key, value) in [
             ("block_size", settings.block_size),
-            ("max_num_seqs", settings.max_num_seqs),
-            ("max_num_batched_tokens", settings.max_num_batched_tokens),
+            ("max_num_seqs", max_num_seqs),
+            ("max_num_batched_tokens", max_num_batched_tokens),
         ] {
             ensure!((1..=1 << 20).contains(&value), "{key} is {value}, expected 1 to {}", 1 << 20);
         }
         ensure!(
-            settings.max_num_batched_tokens >= settings.max_num_seqs,
-            "max_num_batched_tokens ({}) must be at least max_num_seqs ({}), for one token of each",
-            settings.max_num_batched_tokens,
-            settings.max_num_seqs
+            max_num_batched_tokens >= max_num_seqs,
+            "max_num_batched_tokens ({max_num_batched_tokens}) must be at least max_num_seqs ({max_num_seqs}), for one \
+             token of each"
         );
         Ok(RunnerOptions {
             max_model_len,
-            max_num_batched_tokens: settings.max_num_batched_tokens,
-            max_num_seqs: settings.max_num_seqs,
+            max_num_batched_tokens,
+            max_num_seqs,
             block_size: settings.block_size,
             num_blocks: 0,
         })

@@ -63,9 +63,10 @@ pub(crate) fn run(settings: &Settings) -> Result<()> {
 pub(crate) fn start(settings: &Settings, model: &Model) -> Result<(AppState, EngineHandle, EngineThread)> {
     let text = TextModel::new(&text_files(model, settings)?)?;
     let runner = model.load(settings)?;
+    let limits = runner.limits();
     let engine_config = EngineConfig {
-        max_num_seqs: settings.max_num_seqs,
-        max_num_batched_tokens: settings.max_num_batched_tokens,
+        max_num_seqs: limits.max_num_seqs,
+        max_num_batched_tokens: limits.max_num_batched_tokens,
         max_queued_requests: settings.max_queued_requests,
         max_queued_tokens: settings.max_queued_tokens,
         enable_prefix_cache: settings.prefix_cache,

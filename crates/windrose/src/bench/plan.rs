@@ -67,7 +67,10 @@ impl Plan {
         Settings {
             max_model_len: self.max_len(),
             max_num_seqs: self.max_num_seqs(),
-            max_num_batched_tokens: settings.max_num_batched_tokens.max(self.max_num_seqs()),
+            max_num_batched_tokens: match settings.max_num_batched_tokens {
+                0 => 0,
+                tokens => tokens.max(self.max_num_seqs()),
+            },
             ..settings.clone()
         }
     }
