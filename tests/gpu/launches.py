@@ -189,7 +189,9 @@ class Attention:
     def run(self):
         grid = (self.inputs[3].shape[0], self.kv_heads)
         args = [*self.inputs, self.shape, self.out, self.softmax, self.output]
-        self.kernels.launch(f"attention_{self.stride}", grid, 128, args, 5 * 64 * self.stride * 2)
+        self.kernels.launch(
+            f"attention_{self.stride}", grid, 128, args, 5 * 64 * self.stride * 2 + 16 * 72 * 4
+        )
         if self.folds is not None:
             args = [self.folds, self.softmax, self.output, self.shape, self.out]
             self.kernels.launch("attention_fold", (self.folds.shape[0], self.heads), 128, args)

@@ -18,6 +18,13 @@ pub(crate) const TILE_ROWS: usize = 64;
 /// Keys of a chunk.
 const CHUNK_KEYS: usize = 256;
 const NO_PARTIAL: i32 = -1;
+
+/// Dynamic shared memory of a block: two tiles of keys and of values, one of queries, and scores `[16, 72]` in f32 that
+/// warps exchange.
+pub(crate) const fn shared_bytes(head_stride: u32) -> u32 {
+    5 * 64 * head_stride * 2 + 16 * 72 * 4
+}
+
 /// Rows of partial results there is room for; more would have enough tiles anyway.
 pub(crate) const MAX_PARTIALS: usize = 1 << 16;
 

@@ -544,7 +544,7 @@ impl Backend for Cuda {
         let grid = Grid {
             blocks: [self.plan.items.len(), kv.kv.num_kv_heads as usize],
             threads: 128,
-            shared_bytes: 5 * 64 * kv.kv.head_stride as u32 * 2,
+            shared_bytes: attention::shared_bytes(kv.kv.head_stride as u32),
         };
         let cache = kv.buffer.address;
         let arguments: [&dyn kernels::Argument; 8] =
