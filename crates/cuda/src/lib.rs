@@ -124,7 +124,7 @@ impl Cuda {
     /// Opens a device.
     ///
     /// # Errors
-    /// [`BackendError::Device`] if it fails.
+    /// [`BackendError::Device`] if it fails, [`BackendError::Unsupported`] if it does not multiply the format.
     ///
     /// # Panics
     /// If `info` did not come from [`probe`].
@@ -238,10 +238,10 @@ impl Cuda {
     fn right_operand(&mut self, weight: &Matrix, x: &Tensor, num_rows: usize) -> Rows {
         let address = x.rows(num_rows, DType::Bf16);
         if weight.scales.is_none() {
-            return Rows::from(address, x.max_rows);
+            return Rows::bf16(address, x.max_rows);
         }
         let source = Source { x: address, features: x.features, stride: x.stride, indices: None };
-        Rows::from_quantized(self.quantized.launch(&mut self.device, source, num_rows))
+        Rows::quantized(self.quantized.launch(&mut self.device, source, num_rows))
     }
 
     /// The rows of a tensor's tokens in the order of their experts.
@@ -250,13 +250,13 @@ impl Cuda {
         if weight.scales.is_some() {
             let indices = Some((permutation, routing.top_k));
             let source = Source { x: from, features: x.features, stride: x.stride, indices };
-            return Rows::from_quantized(self.quantized.launch(&mut self.device, source, routing.num_rows()));
+            return Rows::quantized(self.quantized.launch(&mut self.device, source, routing.num_rows()));
         }
         let permuted = self.experts_scratch.permuted.as_ref().expect("experts and routing were made").address;
         let (divisor, row_quads) = (routing.top_k as i32, (x.stride * size_of::<bf16>() / 16) as i32);
         let gather = Grid::new(routing.num_rows(), 128);
         self.device.launch("gather_rows", gather, &[&from, &permutation, &divisor, &permuted, &row_quads]);
-        Rows::from(permuted, self.experts_scratch.max_rows)
+        Rows::bf16(permuted, self.experts_scratch.max_rows)
     }
 
     fn norm_shape(weight: &Vector, x: &Tensor, out: &Tensor, eps: f32) -> (NormShape, u32) {

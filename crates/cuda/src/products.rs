@@ -35,13 +35,13 @@ pub(crate) struct Rows {
 
 impl Rows {
     /// A right operand in bf16, without an output yet.
-    pub(crate) fn from(x: u64, max_rows: usize) -> Self {
+    pub(crate) fn bf16(x: u64, max_rows: usize) -> Self {
         Self { x, scales: 0, max_rows, num_rows: 0, offsets: None, out: 0, out_stride: 0 }
     }
 
     /// The same in e4m3.
-    pub(crate) fn from_quantized(rows: Quantized) -> Self {
-        Self { scales: rows.scales, ..Self::from(rows.x, rows.max_rows) }
+    pub(crate) fn quantized(rows: Quantized) -> Self {
+        Self { scales: rows.scales, ..Self::bf16(rows.x, rows.max_rows) }
     }
 }
 

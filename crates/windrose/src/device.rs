@@ -15,6 +15,7 @@ use crate::settings::Settings;
 /// The share of the available memory that an automatically sized cache takes at most on the processor, whose memory
 /// belongs to others too.
 const AUTOMATIC_CACHE_SHARE: u64 = 4;
+
 /// What runs the model, and in which formats.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Device {
