@@ -1,0 +1,128 @@
+#!/usr/bin/env python3
+"""Mixtral 8x7B with random weights on a GPU: every verb right, then decode steps, prompts, a loaded server.
+
+usage: model.py WINDROSE [--conformance BINARY] [--json FILE] [--tiny]
+
+WINDROSE is the binary, built with kernels for the GPU in it; BINARY is the conformance test of crates/cuda,
+as `cargo test --release -p windrose-cuda --test conformance --no-run` names it. Neither needs Rust to run.
+Layers are left out until the weights in bf16 fit in seven tenths of the memory; shares of limits do not
+depend on it. --tiny takes a model that the fake driver of kernels/emulator runs in
+seconds, to try this script.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+
+MIXTRAL_8X7B = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 32000,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "sliding_window": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 4096,
+    "max_position_embeddings": 4096,
+}
+LAYER_BYTES = 2 * (8 * 3 * 4096 * 14336 + 4096 * (4096 + 2 * 1024 + 4096))
+
+
+def gpu_memory_bytes():
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]) << 20
+
+
+def write_config(directory, tiny):
+    config = MIXTRAL_8X7B | (TINY if tiny else {})
+    if not tiny:
+        # All layers of bf16 fit an H200, and leave 30 GB for the cache.
+        fitting = int(gpu_memory_bytes() * 0.7) // LAYER_BYTES
+        config["num_hidden_layers"] = min(config["num_hidden_layers"], fitting)
+    with open(os.path.join(directory, "config.json"), "w") as file:
+        json.dump(config, file)
+    return config["num_hidden_layers"]
+
+
+def bench(windrose, model, weights, tiny):
+    """Prompts and decode steps of one format."""
+    sizes = ["8", "1,3", "4"] if tiny else ["1024", "1,32,128", "32"]
+    options = [
+        *("--prompt-len", sizes[0], "--num-seqs", sizes[1], "--output-len", sizes[2]),
+        *("--model", model, "--dummy-weights", "--device", "cuda", "--weights", weights, "--json", "-"),
+    ]
+    done = subprocess.run([windrose, "bench", *options], capture_output=True, text=True)
+    print(done.stderr, flush=True)
+    return json.loads(done.stdout) if done.returncode == 0 else None
+
+
+def bench_server(windrose, model, weights, tiny):
+    """Output tokens per second that a server gives as many clients as it takes at once."""
+    clients, prompt_len, output_len = (4, 20, 10) if tiny else (256, 1000, 1000)
+    options = ["--model", model, "--dummy-weights", "--device", "cuda", "--weights", weights, "--port", "0"]
+    options += ["--max-model-len", "2048"]
+    server = subprocess.Popen([windrose, "serve", *options], stdout=subprocess.PIPE, text=True)
+    try:
+        words = server.stdout.readline().split()
+        if not words:
+            return None
+        load = ["--concurrency", clients, "--num-requests", 2 * clients]
+        load += ["--prompt-len", prompt_len, "--output-len", output_len]
+        command = [windrose, "bench", "serve", "--url", words[-1], *map(str, load), "--json", "-"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        print(done.stderr, flush=True)
+        return json.loads(done.stdout) if done.returncode == 0 else None
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("windrose", help="the binary")
+    parser.add_argument("--conformance", metavar="BINARY", help="the conformance test of crates/cuda")
+    parser.add_argument("--json", metavar="FILE", help="write the figures here")
+    parser.add_argument("--tiny", action="store_true", help="a model for the fake driver")
+    options = parser.parse_args()
+    failed = []
+    subprocess.run([options.windrose, "doctor"])
+    if options.conformance and subprocess.run([options.conformance, "--show-output"]).returncode != 0:
+        failed.append("conformance")
+    figures = {}
+    with tempfile.TemporaryDirectory() as model:
+        figures["num_layers"] = write_config(model, options.tiny)
+        for weights in ("bf16", "fp8"):
+            figures[f"bench {weights}"] = bench(options.windrose, model, weights, options.tiny)
+        figures["server fp8"] = bench_server(options.windrose, model, "fp8", options.tiny)
+    failed += [name for name, figure in figures.items() if figure is None]
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(figures, file, indent=1)
+    print(f"failed: {', '.join(failed) or 'nothing'}")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
