@@ -16,6 +16,18 @@ def examples_of(skill: str) -> list[dict]:
     return [json.loads(line) for line in (EVAL / f"{skill}.jsonl").read_text().splitlines()]
 
 
+def points_lost(exact: Server, other: Server, name: str, every: int = 1) -> float:
+    """How many points of a hundred `other` scores less on one prompt of so many of each skill; prints both."""
+    counts = []
+    for skill in SKILLS:
+        examples = examples_of(skill)[::every]
+        counts.append((len(examples), num_right(exact, examples), num_right(other, examples)))
+        print(f"{skill}: bf16 {counts[-1][1]}, {name} {counts[-1][2]} of {len(examples)}")
+    total, num_exact, num_other = map(sum, zip(*counts, strict=True))
+    print(f"all: bf16 {num_exact}, {name} {num_other} of {total}")
+    return 100 * (num_exact - num_other) / total
+
+
 def num_right(server: Server, examples: list[dict]) -> int:
     """How many held-out prompts are answered exactly, greedily and all at once."""
 

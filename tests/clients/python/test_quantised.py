@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from scores import SKILLS, examples_of, num_right
+from scores import points_lost
 from windrose import REPOSITORY, Server
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -15,15 +15,7 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 @pytest.mark.parametrize(("weights", "points"), [("q8", 0.5), ("q4", 2.0)])
 def test_scores_are_kept(server: Server, start, weights: str, points: float) -> None:
     """All skills together lose at most so many points of a hundred against bf16."""
-    quantised: Server = start("--weights", weights)
-    counts = []
-    for skill in SKILLS:
-        examples = examples_of(skill)
-        counts.append((len(examples), num_right(server, examples), num_right(quantised, examples)))
-        print(f"{skill}: bf16 {counts[-1][1]}, {weights} {counts[-1][2]} of {len(examples)}")
-    total, exact, right = map(sum, zip(*counts, strict=True))
-    print(f"all: bf16 {exact}, {weights} {right} of {total}")
-    assert 100 * (exact - right) / total <= points
+    assert points_lost(server, start("--weights", weights), weights) <= points
 
 
 @pytest.fixture
