@@ -17,7 +17,7 @@ def examples_of(skill: str) -> list[dict]:
 
 
 def points_lost(exact: Server, other: Server, name: str, every: int = 1) -> float:
-    """How many points of a hundred `other` scores less on one prompt of so many of each skill; prints both."""
+    """Points of a hundred that `other` scores less, on one prompt of `every` of each skill; prints both."""
     counts = []
     for skill in SKILLS:
         examples = examples_of(skill)[::every]
