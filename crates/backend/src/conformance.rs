@@ -461,7 +461,7 @@ fn check_sample<B: Backend>(backend: &mut B) {
                 output: &tokens[index..2 * index],
                 banned: if index % 5 == 1 { &tokens[1..3] } else { &[] },
                 forced: (index % 7 == 6).then(|| tokens[index]),
-                num_logprobs: [None, Some(0), Some(3.min(vocab as u32))][index % 3],
+                num_logprobs: [None, Some(0), Some(3)][index % 3],
             })
             .collect();
         let got = sample(backend, &logits, vocab, &rows);

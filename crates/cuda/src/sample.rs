@@ -69,7 +69,8 @@ impl Sampler {
     ) -> Result<(), BackendError> {
         self.rows.clear();
         self.edits.clear();
-        rows.iter().for_each(|row| self.push(row));
+        let max_top = MAX_TOP.min(logits.features) as u32;
+        rows.iter().for_each(|row| self.push(row, max_top));
         let buffers = match self.device.take() {
             Some(buffers) if buffers.have_room(&self.rows, &self.edits) => buffers,
             _ => Buffers::allocate(device, self.rows.len(), self.edits.len())?,
@@ -92,7 +93,7 @@ impl Sampler {
         Ok(())
     }
 
-    fn push(&mut self, row: &SampleRow<'_>) {
+    fn push(&mut self, row: &SampleRow<'_>, max_top: u32) {
         let (params, first_edit) = (row.params, self.edits.len());
         self.edits.extend(row.edits().map(|LogitEdit { token, bias, repetition, subtracted }| {
             EditArguments { token, bias, repetition, subtracted }
@@ -106,7 +107,7 @@ impl Sampler {
             forced: row.forced.unwrap_or(NO_TOKEN),
             first_edit: first_edit as i32,
             num_edits: (self.edits.len() - first_edit) as i32,
-            num_top: row.num_logprobs.map_or(NO_LOGPROBS, |count| count.min(MAX_TOP as u32) as i32),
+            num_top: row.num_logprobs.map_or(NO_LOGPROBS, |count| count.min(max_top) as i32),
             padding: 0,
         });
     }
