@@ -477,14 +477,7 @@ fn check_sample<B: Backend>(backend: &mut B) {
     let broken =
         [1.0, f32::NAN, f32::INFINITY, 1.0, f32::NEG_INFINITY, f32::NEG_INFINITY, f32::NEG_INFINITY, 2.0];
     let params = SampleParams::default();
-    let row = SampleRow {
-        params: &params,
-        prompt: &[],
-        output: &[],
-        banned: &[],
-        forced: None,
-        num_logprobs: None,
-    };
+    let row = SampleRow::new(&params);
     let got = sample(backend, &broken, 2, &[row; 4]);
     assert_eq!(got.iter().map(Result::is_ok).collect::<Vec<_>>(), [false, false, false, true], "{got:?}");
 }

@@ -115,7 +115,12 @@ impl LogitEdit {
     }
 }
 
-impl SampleRow<'_> {
+impl<'a> SampleRow<'a> {
+    /// A row without a history, of which only the token is wanted.
+    pub fn new(params: &'a SampleParams) -> Self {
+        Self { params, prompt: &[], output: &[], banned: &[], forced: None, num_logprobs: None }
+    }
+
     /// The draw for the token that comes next.
     pub fn uniform(&self) -> f64 {
         uniform(self.params.seed, self.output.len() as u64)
@@ -266,13 +271,7 @@ fn keep_heaviest(weights: &[u32], params: &SampleParams) -> Option<Vec<Weighted>
             let mut kept = weights::heaviest(weights, |count, _| count >= k);
             if limits_sum {
                 let wanted = wanted(weights::total(kept.iter().map(|&(_, weight)| weight)));
-                let mut sum = 0;
-                let reaches = |&(_, weight): &Weighted| {
-                    sum += u64::from(weight);
-                    sum >= wanted
-                };
-                let last = kept.iter().position(reaches).expect("a share of the sum is reached");
-                kept.truncate(last + 1);
+                weights::truncate(&mut kept, |_, sum| sum >= wanted);
             }
             Some(kept)
         }
@@ -331,16 +330,13 @@ pub fn mix64(x: u64) -> u64 {
 mod tests {
     use super::*;
 
-    fn row(params: &SampleParams) -> SampleRow<'_> {
-        SampleRow { params, prompt: &[], output: &[], banned: &[], forced: None, num_logprobs: None }
-    }
-
     fn distribution(logits: &[f32], params: &SampleParams) -> Vec<f64> {
         let draws = 20_000;
         let mut counts = vec![0.0; logits.len()];
         for seed in 0..draws {
             let params = SampleParams { seed, ..params.clone() };
-            counts[sample_row(logits, &row(&params)).unwrap().token as usize] += 1.0 / draws as f64;
+            counts[sample_row(logits, &SampleRow::new(&params)).unwrap().token as usize] +=
+                1.0 / draws as f64;
         }
         counts
     }
@@ -370,7 +366,7 @@ mod tests {
     fn bias_penalties_and_bans_move_the_choice() {
         let logits = [2.0, 1.9, -1.0, 0.0];
         let take = |params: SampleParams, output: &[u32], banned: &[u32]| {
-            let row = SampleRow { output, banned, ..row(&params) };
+            let row = SampleRow { output, banned, ..SampleRow::new(&params) };
             sample_row(&logits, &row).unwrap().token
         };
         let greedy = SampleParams::greedy;
@@ -386,13 +382,14 @@ mod tests {
     fn logprobs_come_from_the_models_own_distribution() {
         let logits = [0.4f32, 0.3, 0.2, 0.1].map(f32::ln);
         let params = SampleParams { logit_bias: vec![(3, 100.0)], ..SampleParams::greedy() };
-        let sampled = sample_row(&logits, &SampleRow { num_logprobs: Some(2), ..row(&params) }).unwrap();
+        let sampled =
+            sample_row(&logits, &SampleRow { num_logprobs: Some(2), ..SampleRow::new(&params) }).unwrap();
         let own = sampled.logprob.unwrap();
         assert_eq!((sampled.token, own.rank), (3, 4));
         assert!((own.logprob - 0.1f32.ln()).abs() < 1e-6);
         assert_eq!(sampled.top_logprobs.iter().map(|t| t.token).collect::<Vec<_>>(), [0, 1]);
 
-        let forced = SampleRow { forced: Some(2), num_logprobs: Some(0), ..row(&params) };
+        let forced = SampleRow { forced: Some(2), num_logprobs: Some(0), ..SampleRow::new(&params) };
         let sampled = sample_row(&logits, &forced).unwrap();
         assert_eq!((sampled.token, sampled.top_logprobs.len()), (2, 0));
     }
@@ -401,10 +398,10 @@ mod tests {
     fn broken_logits_are_an_error_and_not_a_token() {
         let params = SampleParams::greedy();
         for logits in [[f32::NAN, 1.0], [f32::INFINITY, 1.0], [f32::NEG_INFINITY; 2]] {
-            assert_eq!(sample_row(&logits, &row(&params)), Err(NonFiniteLogits), "{logits:?}");
+            assert_eq!(sample_row(&logits, &SampleRow::new(&params)), Err(NonFiniteLogits), "{logits:?}");
         }
-        assert!(sample_row(&[f32::NEG_INFINITY, 1.0], &row(&params)).is_ok());
-        let all_banned = SampleRow { banned: &[0, 1], ..row(&params) };
+        assert!(sample_row(&[f32::NEG_INFINITY, 1.0], &SampleRow::new(&params)).is_ok());
+        let all_banned = SampleRow { banned: &[0, 1], ..SampleRow::new(&params) };
         assert_eq!(sample_row(&[0.0, 1.0], &all_banned), Err(NonFiniteLogits));
     }
 

@@ -1,7 +1,7 @@
 //! One GPU: its context, one stream, the loaded kernels, memory, and the first error.
 //!
 //! Everything runs on one stream, in order; nothing here waits for it but `synchronize` and the copies that say so.
-//! Launches return nothing: an error is kept, what follows it is not launched, and `take_error` tells of it.
+//! Launches return nothing: an error is kept, what follows it is not launched, and `check` tells of it.
 
 use std::collections::HashMap;
 use std::path::Path;

@@ -1,7 +1,8 @@
 //! The command line of Windrose, and the one place where its crates meet.
 //!
-//! `serve` (what runs without a subcommand), `generate`, `inspect`, `doctor`, `quantize` and `bench` share one set of settings,
-//! which come from `config.toml` (see [`settings`]). Only the settings and the benches are worth testing alone.
+//! `serve` (what runs without a subcommand), `generate`, `inspect`, `doctor`, `quantize` and `bench` share one set of
+//! settings, which come from `config.toml` (see [`settings`]). Only the settings and the benches are worth testing
+//! alone.
 #![forbid(unsafe_code)]
 
 mod bench;

@@ -144,14 +144,7 @@ fn relative_error(got: &[f32], expected: &[f32]) -> f32 {
 /// Generates token by token after a prompt in two chunks.
 fn check_generation<B: Backend>(name: &str, runner: &mut MixtralRunner<B>, expected: &Expected) {
     let params = SampleParams::greedy();
-    let row = SampleRow {
-        params: &params,
-        prompt: &[],
-        output: &[],
-        banned: &[],
-        forced: None,
-        num_logprobs: None,
-    };
+    let row = SampleRow::new(&params);
     let (first, second) = expected.prompt.split_at(expected.prompt.len() / 2);
     let mut step = |tokens: &[u32], num_computed: usize| {
         let mut batch = Batch::new();

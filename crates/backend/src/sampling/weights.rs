@@ -8,7 +8,7 @@
 use std::f32::consts::{LN_2, LOG2_E};
 
 /// The weight of the likeliest token.
-pub const LARGEST_WEIGHT: u32 = 1 << WEIGHT_BITS;
+const LARGEST_WEIGHT: u32 = 1 << WEIGHT_BITS;
 const WEIGHT_BITS: i32 = 30;
 /// Added to an f32 and taken away again, rounds it to an integer.
 const ROUNDS: f32 = 1.5 * (1 << 23) as f32;
@@ -78,14 +78,20 @@ pub(super) fn heaviest(weights: &[u32], enough: impl Fn(usize, u64) -> bool) -> 
         }
     }
     heavy.sort_unstable_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(&b.0)));
+    truncate(&mut heavy, enough);
+    heavy
+}
+
+/// Keeps the tokens, which are in the order of their ranks, down to the one with which they are `enough`.
+pub(super) fn truncate(ranked: &mut Vec<Weighted>, enough: impl Fn(usize, u64) -> bool) {
     let mut sum = 0;
     let reaches = |(index, &(_, weight)): (usize, &Weighted)| {
         sum += u64::from(weight);
         enough(index + 1, sum)
     };
-    let end = heavy.iter().enumerate().position(reaches);
-    heavy.truncate(end.map_or(heavy.len(), |last| last + 1));
-    heavy
+    if let Some(last) = ranked.iter().enumerate().position(reaches) {
+        ranked.truncate(last + 1);
+    }
 }
 
 /// The token at which the weights of those of at least `least_weight`, added up by rising id, exceed `uniform` of their

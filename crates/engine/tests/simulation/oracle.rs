@@ -58,12 +58,9 @@ fn generate(runner: &FakeRunner, request: &Request, choice: u32) -> (Vec<Sampled
 fn score(runner: &FakeRunner, request: &Request, count: u32) -> Vec<Option<PromptLogprob>> {
     let score = |position: usize| {
         let row = SampleRow {
-            params: &request.sampling,
-            prompt: &[],
-            output: &[],
-            banned: &[],
             forced: Some(request.prompt[position]),
             num_logprobs: Some(count),
+            ..SampleRow::new(&request.sampling)
         };
         let sampled = runner.sample_after(&request.prompt[..position], &row).expect("finite logits");
         Some(PromptLogprob { logprob: sampled.logprob?, top_logprobs: sampled.top_logprobs })

@@ -168,13 +168,6 @@ impl Sequences {
 
 impl Sequence {
     fn row(&self) -> SampleRow<'_> {
-        SampleRow {
-            params: &self.params,
-            prompt: &[],
-            output: &self.output,
-            banned: &[],
-            forced: None,
-            num_logprobs: None,
-        }
+        SampleRow { output: &self.output, ..SampleRow::new(&self.params) }
     }
 }
