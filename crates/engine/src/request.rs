@@ -29,6 +29,8 @@ pub struct Request {
     pub num_logprobs: Option<u32>,
     /// Reports log-probabilities of prompt tokens, and of this many likeliest alternatives.
     pub num_prompt_logprobs: Option<u32>,
+    /// Reports how far the prompt is, after each step that computed some of it.
+    pub reports_progress: bool,
     /// Lower runs earlier; equal priorities run in order of arrival.
     pub priority: i32,
     /// Time from submission after which the request ends with [`FinishReason::Deadline`].
@@ -90,7 +92,7 @@ pub struct PromptLogprob {
 }
 
 /// What a client is told about one choice, in this order:
-/// `Started (PromptLogprobs)? Token* Finished`. A choice that ends while it waits has no `Started`.
+/// `Started (PromptLogprobs)? Token* Finished`, with any number of `Progress` before the first token. A choice that ends while it waits has no `Started`.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
     /// The choice was scheduled for the first time.
@@ -99,6 +101,12 @@ pub enum Event {
         num_cached_tokens: u32,
         /// Time between submission and this step.
         queue_time: Duration,
+    },
+    /// This many tokens of the prompt are computed (choice 0 only, and only if asked for). Fewer than before
+    /// after a preemption.
+    Progress {
+        /// Prompt tokens computed or found in the prefix cache.
+        num_computed_tokens: u32,
     },
     /// The whole prompt was scored (choice 0 only). The first entry is `None`: nothing precedes it.
     PromptLogprobs(Vec<Option<PromptLogprob>>),

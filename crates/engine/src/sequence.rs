@@ -230,6 +230,7 @@ impl Sequence {
         let num_scored = self.scored_positions().len();
         let is_sampled = self.sampled_position().is_some();
         self.num_computed_tokens += std::mem::take(&mut self.num_scheduled_tokens);
+        self.report_progress();
 
         // All of the sequence's results are taken from the iterator, even after a bad one.
         let mut results = results.by_ref().take(num_scored + usize::from(is_sampled));
@@ -243,6 +244,13 @@ impl Sequence {
             Some(sampled) => self.take_token(sampled),
             None => (self.request.max_tokens == 0 && self.num_computed_tokens == self.prompt_len())
                 .then_some(FinishReason::Length),
+        }
+    }
+
+    /// Says how far the prompt is, while it is all that there is.
+    fn report_progress(&mut self) {
+        if self.request.reports_progress && self.key.choice == 0 && self.len() == self.prompt_len() {
+            self.emit(Event::Progress { num_computed_tokens: self.num_computed_tokens as u32 });
         }
     }
 

@@ -40,6 +40,7 @@ pub(crate) fn request(prompt: &[u32], max_tokens: u32) -> Request {
         stop_token_ids: Vec::new(),
         num_logprobs: None,
         num_prompt_logprobs: None,
+        reports_progress: false,
         priority: 0,
         deadline: None,
         cache_salt: None,

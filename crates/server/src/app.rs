@@ -14,7 +14,7 @@ use axum::routing::{get, post};
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{AllowOrigin, CorsLayer};
 
-use crate::api::{chat, completions, models, tokenize};
+use crate::api::{cancel, chat, completions, models, tokenize};
 use crate::error::ApiError;
 use crate::lifecycle::Phase;
 use crate::state::AppState;
@@ -31,6 +31,7 @@ pub fn app(state: AppState) -> Router {
     let router = Router::new()
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::get))
+        .route("/v1/cancel/{id}", post(cancel::cancel))
         .route("/livez", get(health::live))
         .route("/readyz", get(health::ready))
         .route("/health", get(health::live))

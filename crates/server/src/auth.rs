@@ -6,7 +6,7 @@ use axum::http::HeaderMap;
 use axum::http::header::AUTHORIZATION;
 use axum::middleware::Next;
 use axum::response::Response;
-use subtle::{Choice, ConstantTimeEq};
+use subtle::{Choice, ConditionallySelectable, ConstantTimeEq};
 
 use crate::config::ServerConfig;
 use crate::error::ApiError;
@@ -15,13 +15,28 @@ use crate::state::AppState;
 /// Paths that probes and Prometheus read without a key.
 const OPEN_PATHS: [&str; 4] = ["/livez", "/readyz", "/health", "/version"];
 
+/// Which key a request came with, so that what it leaves behind can be told from others'. Without keys everyone
+/// is the same caller.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Caller(u64);
+
+impl Caller {
+    pub(crate) fn of(request: &Request) -> Self {
+        request.extensions().get().copied().unwrap_or_default()
+    }
+}
+
 /// Lets a request pass if it presents one of the keys, if there are none, or if its path is open.
 pub(crate) async fn authenticate(
     State(state): State<AppState>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
-    if is_open(&state.config, request.uri().path()) || has_key(&state.config.api_keys, request.headers()) {
+    let caller = caller(&state.config.api_keys, request.headers());
+    if let Some(caller) = caller {
+        request.extensions_mut().insert(caller);
+    }
+    if caller.is_some() || is_open(&state.config, request.uri().path()) {
         Ok(next.run(request).await)
     } else {
         Err(ApiError::unauthorized())
@@ -34,10 +49,23 @@ fn is_open(config: &ServerConfig, path: &str) -> bool {
         || (path == "/metrics" && !config.protect_metrics)
 }
 
-/// Compares with every key in full, so that time tells nothing but a key's length.
-fn has_key(keys: &[String], headers: &HeaderMap) -> bool {
-    let presented = headers.get(AUTHORIZATION).map_or(&b""[..], |value| value.as_bytes());
-    let Some((scheme, key)) = presented.split_at_checked("Bearer ".len()) else { return false };
-    let equals = |found: Choice, candidate: &String| found | candidate.as_bytes().ct_eq(key);
-    scheme.eq_ignore_ascii_case(b"Bearer ") && keys.iter().fold(Choice::from(0), equals).into()
+/// The place of the presented key. Compares with every key in full, so that time tells nothing but a key's length.
+fn caller(keys: &[String], headers: &HeaderMap) -> Option<Caller> {
+    let key = presented_key(headers)?;
+    let (mut found, mut place) = (Choice::from(0), 0);
+    for (candidate, index) in keys.iter().zip(1_u64..) {
+        let equals = candidate.as_bytes().ct_eq(key);
+        place.conditional_assign(&index, equals);
+        found |= equals;
+    }
+    bool::from(found).then_some(Caller(place))
+}
+
+/// `Authorization: Bearer`, as OpenAI's clients have it, or `x-api-key`, as Anthropic's.
+fn presented_key(headers: &HeaderMap) -> Option<&[u8]> {
+    let bearer = headers.get(AUTHORIZATION).and_then(|value| {
+        let (scheme, key) = value.as_bytes().split_at_checked("Bearer ".len())?;
+        scheme.eq_ignore_ascii_case(b"Bearer ").then_some(key)
+    });
+    bearer.or_else(|| headers.get("x-api-key").map(|value| value.as_bytes()))
 }

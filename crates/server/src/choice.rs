@@ -10,15 +10,17 @@
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Instant;
 
 use engine::{Event, EventSink, FinishReason, SinkClosed};
 use futures_util::Stream;
+use serde::Serialize;
 use tokio::sync::mpsc;
 
 use crate::accounting::ChoiceMeter;
 use crate::choice_text::{ChoiceText, Delta, Ending, TextOptions};
 use crate::error::ApiError;
-use crate::logprobs::prompt_scores;
+use crate::logprobs::{prompt_logprobs, prompt_scores};
 use crate::text::vocabulary::Vocabulary;
 
 /// Events of one choice that may wait for a slow reader before it is cancelled.
@@ -37,6 +39,19 @@ impl EventSink for ChannelSink {
     }
 }
 
+/// How far a prompt is, in llama.cpp's words.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(crate) struct PromptProgress {
+    /// Tokens of the prompt.
+    total: usize,
+    /// Of these, from the prefix cache.
+    cache: u32,
+    /// Of these, done.
+    processed: u32,
+    /// Since the first step.
+    time_ms: u64,
+}
+
 /// The deltas of one choice, with its index.
 pub(crate) struct ChoiceStream {
     index: usize,
@@ -45,6 +60,10 @@ pub(crate) struct ChoiceStream {
     text: ChoiceText,
     vocabulary: Arc<Vocabulary>,
     prompt: Arc<[u32]>,
+    returns_token_ids: bool,
+    num_prompt_logprobs: Option<u32>,
+    started_at: Instant,
+    num_cached_tokens: u32,
     meter: ChoiceMeter,
 }
 
@@ -62,7 +81,18 @@ impl ChoiceStream {
         let vocabulary = Arc::clone(vocabulary);
         (
             Box::new(ChannelSink(sender)),
-            Self { index, receiver: Some(receiver), text, vocabulary, prompt, meter },
+            Self {
+                index,
+                receiver: Some(receiver),
+                text,
+                vocabulary,
+                prompt,
+                returns_token_ids: options.returns_token_ids,
+                num_prompt_logprobs: options.num_prompt_logprobs,
+                started_at: Instant::now(),
+                num_cached_tokens: 0,
+                meter,
+            },
         )
     }
 
@@ -71,18 +101,42 @@ impl ChoiceStream {
         self.meter.accept();
     }
 
+    /// Ends the choice where it is; `None` if it has ended before.
+    pub(crate) fn part(mut self) -> Option<(usize, Delta)> {
+        self.receiver.take()?;
+        let mut delta = Delta::default();
+        self.text.finish(Ending::Length, &mut delta);
+        Some((self.index, delta))
+    }
+
     fn take(&mut self, event: Event) -> Result<Delta, ApiError> {
         let mut delta = Delta::default();
         match event {
             Event::Started { num_cached_tokens, queue_time } => {
                 self.meter.started(queue_time);
                 delta.num_cached_tokens = u64::from(num_cached_tokens);
+                delta.has_started = true;
+                (self.started_at, self.num_cached_tokens) = (Instant::now(), num_cached_tokens);
+            }
+            Event::Progress { num_computed_tokens } => {
+                delta.progress = Some(PromptProgress {
+                    total: self.prompt.len(),
+                    cache: self.num_cached_tokens,
+                    processed: num_computed_tokens,
+                    time_ms: self.started_at.elapsed().as_millis() as u64,
+                });
             }
             Event::PromptLogprobs(scores) => {
                 delta.prompt_scores = Some(prompt_scores(&self.vocabulary, &self.prompt, &scores));
+                delta.prompt_logprobs = self
+                    .num_prompt_logprobs
+                    .map(|num| prompt_logprobs(&self.vocabulary, &self.prompt, &scores, num));
             }
             Event::Token(sampled) => {
                 self.meter.token();
+                if self.returns_token_ids {
+                    delta.token_ids.push(sampled.token);
+                }
                 if self.text.push(&sampled, &mut delta) {
                     self.text.finish(Ending::Stop, &mut delta);
                     self.end(FinishReason::Stop);

@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use model::Sampled;
 
-use crate::logprobs::{TokenScore, token_score};
+use crate::choice::PromptProgress;
+use crate::logprobs::{PromptLogprobs, TokenScore, token_score};
 use crate::text::detokenizer::Detokenizer;
 use crate::text::stop::StopMatcher;
 use crate::text::vocabulary::Vocabulary;
@@ -47,6 +48,14 @@ pub(crate) struct Delta {
     pub(crate) num_tokens: u64,
     pub(crate) num_cached_tokens: u64,
     pub(crate) sum_logprobs: f64,
+    /// It was scheduled for the first time.
+    pub(crate) has_started: bool,
+    /// How far its prompt is, if that was asked for.
+    pub(crate) progress: Option<PromptProgress>,
+    /// Its tokens, shown or not, if they were asked for.
+    pub(crate) token_ids: Vec<u32>,
+    /// The prompt's tokens with their log-probabilities, if those were asked for by `prompt_logprobs`.
+    pub(crate) prompt_logprobs: Option<PromptLogprobs>,
 }
 
 impl Delta {
@@ -60,12 +69,18 @@ impl Delta {
         self.num_tokens += later.num_tokens;
         self.num_cached_tokens += later.num_cached_tokens;
         self.sum_logprobs += later.sum_logprobs;
+        self.has_started |= later.has_started;
+        self.progress = later.progress.or(self.progress);
+        self.token_ids.extend(later.token_ids);
+        self.prompt_logprobs = self.prompt_logprobs.take().or(later.prompt_logprobs);
     }
 
     /// Whether there is nothing in it that a client would see.
     pub(crate) fn is_silent(&self) -> bool {
         let is_empty = self.text.is_empty() && self.scores.is_empty() && self.tool_calls.is_empty();
-        is_empty && self.prompt_scores.is_none() && self.ending.is_none()
+        let has_asides =
+            self.progress.is_some() || self.prompt_logprobs.is_some() || !self.token_ids.is_empty();
+        is_empty && !has_asides && self.prompt_scores.is_none() && self.ending.is_none()
     }
 }
 
@@ -79,6 +94,10 @@ pub(crate) struct TextOptions {
     pub(crate) tool_calls_token: Option<u32>,
     /// Keeps only the first tool call (`parallel_tool_calls: false`).
     pub(crate) single_tool_call: bool,
+    /// Reports the ids of the choice's tokens.
+    pub(crate) returns_token_ids: bool,
+    /// Alternatives to report of each prompt token.
+    pub(crate) num_prompt_logprobs: Option<u32>,
 }
 
 /// The text of one choice so far.
@@ -197,6 +216,8 @@ mod tests {
             stops: stops.iter().map(|&stop| stop.to_owned()).collect(),
             tool_calls_token: LLAMA.token_to_id("[TOOL_CALLS]"),
             single_tool_call: false,
+            returns_token_ids: false,
+            num_prompt_logprobs: None,
         }
     }
 

@@ -102,6 +102,8 @@ pub(crate) mod limits {
     pub(crate) const MAX_LABEL_BYTES: usize = 512;
     /// Longest `deadline_ms`: a day.
     pub(crate) const MAX_DEADLINE_MS: i64 = 86_400_000;
+    /// Longest `sse_ping_interval`: an hour.
+    pub(crate) const MAX_PING_INTERVAL_S: i64 = 3600;
     /// Temperatures.
     pub(crate) const TEMPERATURE: RangeInclusive<f64> = 0.0..=2.0;
     /// Presence and frequency penalties.

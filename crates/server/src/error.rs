@@ -80,6 +80,12 @@ impl ApiError {
         Self::refused(StatusCode::NOT_FOUND, "model_not_found", message).at("model")
     }
 
+    /// 404: the caller has no answer of this id under way.
+    pub(crate) fn request_not_found(id: &str) -> Self {
+        let message = format!("No answer with id {} is under way.", quoted(id));
+        Self::refused(StatusCode::NOT_FOUND, "request_not_found", message).at("id")
+    }
+
     pub(crate) fn unknown_route(method: &str, path: &str) -> Self {
         Self::refused(
             StatusCode::NOT_FOUND,

@@ -24,6 +24,8 @@ mod choice;
 mod choice_text;
 mod generation;
 mod logprobs;
+mod running;
+mod timing;
 mod tool_calls;
 
 mod text;

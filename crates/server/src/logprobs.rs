@@ -1,9 +1,11 @@
 //! Log-probabilities with words: which bytes each token stands for where it stands.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use engine::PromptLogprob;
 use model::{Sampled, TokenLogprob};
+use serde::Serialize;
 
 use crate::text::detokenizer::Detokenizer;
 use crate::text::vocabulary::Vocabulary;
@@ -21,6 +23,17 @@ pub(crate) struct TokenScore {
     pub(crate) top: Vec<(TokenText, f32)>,
     /// Characters of text before this token.
     pub(crate) text_offset: usize,
+}
+
+/// One entry per prompt token, as vLLM has them: null for the first, which nothing precedes, else by token id.
+pub(crate) type PromptLogprobs = Vec<Option<BTreeMap<u32, RankedLogprob>>>;
+
+/// A prompt token, or what could stand in its place.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct RankedLogprob {
+    logprob: f32,
+    rank: u32,
+    decoded_token: String,
 }
 
 /// What a token adds to a text.
@@ -61,6 +74,32 @@ pub(crate) fn prompt_scores(
         let mut decoded = String::new();
         place.push(token, &mut decoded);
         text_offset += decoded.chars().count();
+    }
+    described
+}
+
+/// The log-probabilities of a prompt's tokens, and of the `num` likeliest in the place of each.
+pub(crate) fn prompt_logprobs(
+    vocabulary: &Arc<Vocabulary>,
+    prompt: &[u32],
+    scores: &[Option<PromptLogprob>],
+    num: u32,
+) -> PromptLogprobs {
+    let mut place = Detokenizer::new(Arc::clone(vocabulary));
+    let mut described = Vec::with_capacity(prompt.len());
+    for (&token, scored) in prompt.iter().zip(scores) {
+        let ranked = |scored: &TokenLogprob| {
+            let decoded_token = text_of(scored.token, &place).text();
+            (
+                scored.token,
+                RankedLogprob { logprob: at_least(scored.logprob), rank: scored.rank, decoded_token },
+            )
+        };
+        described.push(scored.as_ref().map(|scored| {
+            let top = scored.top_logprobs.iter().take(num as usize);
+            top.chain([&scored.logprob]).map(ranked).collect()
+        }));
+        place.push(token, &mut String::new());
     }
     described
 }

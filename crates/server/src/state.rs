@@ -11,6 +11,7 @@ use crate::config::ServerConfig;
 use crate::error::ApiError;
 use crate::lifecycle::Lifecycle;
 use crate::metrics::Metrics;
+use crate::running::Running;
 use crate::text::model::{TextError, TextModel};
 
 /// One served model: its words, its engine, and how it is served. Clones share it.
@@ -25,6 +26,7 @@ pub struct Shared {
     pub(crate) clock: Clock,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) lifecycle: Lifecycle,
+    pub(crate) running: Arc<Running>,
     pub(crate) started_at_unix: u64,
     encodes: Semaphore,
 }
@@ -58,6 +60,7 @@ impl AppState {
             clock,
             metrics,
             lifecycle,
+            running: Arc::default(),
             started_at_unix,
             encodes,
         })))

@@ -44,7 +44,7 @@ fn collect(events: Receiver<Event>) -> Outcome {
                 outcome.push((sampled.token, logprob.to_bits()));
             }
             Event::Finished(reason) => assert!(matches!(reason, FinishReason::Stop | FinishReason::Length)),
-            Event::Started { .. } | Event::PromptLogprobs(_) => {}
+            Event::Started { .. } | Event::Progress { .. } | Event::PromptLogprobs(_) => {}
         }
     }
     outcome
@@ -74,6 +74,7 @@ fn requests(vocab: u32, seed: u64) -> Vec<Request> {
             stop_token_ids: Vec::new(),
             num_logprobs: Some(0),
             num_prompt_logprobs: None,
+            reports_progress: false,
             priority: 0,
             deadline: None,
             cache_salt: None,

@@ -146,6 +146,24 @@ fn scored_prompts_leave_rows_of_logits_to_others() {
     assert_eq!(first[0].events().len(), 5);
 }
 
+#[test]
+fn progress_is_reported_step_by_step_to_whom_asked() {
+    let mut bench = Bench::new(RunnerLimits { max_num_batched_tokens: 5, ..limits() });
+    let asked = Request { reports_progress: true, num_choices: 2, ..request(&prompt(12), 2) };
+    let readers = bench.submit(asked);
+    bench.steps(6);
+    let progress = |reader: &Reader| -> Vec<u32> {
+        let events = reader.events().into_iter();
+        events
+            .filter_map(|event| match event {
+                Event::Progress { num_computed_tokens } => Some(num_computed_tokens),
+                _ => None,
+            })
+            .collect()
+    };
+    assert_eq!((progress(&readers[0]), progress(&readers[1])), (vec![5, 10, 12], vec![]));
+}
+
 #[track_caller]
 fn check_choices(enable_prefix_cache: bool) {
     let config = EngineConfig { enable_prefix_cache, ..EngineConfig::default() };

@@ -80,7 +80,12 @@ impl Client {
     pub(crate) fn check(&self, alone: &Outcome) {
         let state = self.state();
         let [end] = state.ends[..] else { panic!("a choice ends exactly once, not {:?}", state.ends) };
-        let mut events = state.events.iter().peekable();
+        let is_progress = |event: &&Event| matches!(event, Event::Progress { .. });
+        let is_token = |event: &Event| matches!(event, Event::Token(_));
+        let before_tokens = state.events.iter().position(is_token).unwrap_or(state.events.len());
+        assert!(!state.events[before_tokens..].iter().any(|event| is_progress(&event)), "progress ends");
+        let last_progress = state.events.iter().rfind(is_progress);
+        let mut events = state.events.iter().filter(|event| !is_progress(event)).peekable();
         let has_started = events.next_if(|event| matches!(event, Event::Started { .. })).is_some();
         let scores = match events.next_if(|event| matches!(event, Event::PromptLogprobs(_))) {
             Some(Event::PromptLogprobs(scores)) => Some(scores),
@@ -89,6 +94,13 @@ impl Client {
         let mut tokens = Vec::new();
         while let Some(Event::Token(token)) = events.next_if(|event| matches!(event, Event::Token(_))) {
             tokens.push(token.clone());
+        }
+        if !tokens.is_empty() {
+            let whole = Event::Progress { num_computed_tokens: self.request.prompt.len() as u32 };
+            assert_eq!(
+                last_progress,
+                self.request.reports_progress.then_some(&whole).filter(|_| self.choice == 0)
+            );
         }
         match events.next() {
             Some(Event::Finished(reason)) => assert_eq!(*reason, end),

@@ -70,6 +70,7 @@ impl Scenario {
             stop_token_ids: if rng.percent(30) { rng.tokens(2, VOCAB_SIZE) } else { Vec::new() },
             num_logprobs: if rng.percent(25) { Some(rng.within(0..4) as u32) } else { None },
             num_prompt_logprobs: if rng.percent(15) { Some(rng.within(0..3) as u32) } else { None },
+            reports_progress: rng.percent(20),
             priority: rng.pick(&[0, 0, 0, 0, -1, 1]),
             deadline: rng.percent(10).then(|| Duration::from_millis(rng.within(0..400) as u64)),
             cache_salt: rng.pick(&[None, None, Some("a".to_owned()), Some("b".to_owned())]),

@@ -3,8 +3,6 @@
 //! The answer is a text of its own: the space that a Llama or Mistral tokenizer puts before its first word
 //! is not shown, as in Hugging Face's decode of the generated tokens alone.
 
-use std::time::Instant;
-
 use axum::extract::{Request, State};
 use axum::response::Response;
 use serde::Serialize;
@@ -14,12 +12,12 @@ use super::fields::{Fields, wrong_value};
 use super::messages;
 use super::params::{Generate, Params, token_budget};
 use super::tools::{self, Tools};
-use crate::answer::{Meta, Wording, respond};
+use crate::answer::{Aside, Meta, Wording, respond};
 use crate::body::read_json;
 use crate::choice_text::{Delta, Ending, TextOptions};
 use crate::config::limits;
 use crate::error::{ApiError, quoted};
-use crate::generation::Generation;
+use crate::generation::{Arrival, Generation};
 use crate::logprobs::{TokenScore, TokenText};
 use crate::state::AppState;
 use crate::text::model::{TextError, TextModel};
@@ -30,7 +28,7 @@ pub(crate) async fn chat_completions(
     State(state): State<AppState>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let arrived_at = Instant::now();
+    let arrival = Arrival::of(&request);
     let fields = read_json(&state, request).await?;
     let chat = ChatRequest::take(fields, &state)?;
     let (conversation, max_bytes) = (chat.conversation, state.config.max_prompt_bytes);
@@ -50,12 +48,19 @@ pub(crate) async fn chat_completions(
         stops: chat.params.stops.clone(),
         tool_calls_token: state.text.tool_calls_token.filter(|_| chat.has_tools),
         single_tool_call: chat.single_tool_call,
+        returns_token_ids: chat.params.returns_token_ids,
+        num_prompt_logprobs: chat.params.num_prompt_logprobs,
     };
+    let prompt_token_ids = chat.params.returns_token_ids.then(|| generate.prompt.clone());
     let request = chat.params.request(&state, generate)?;
-    let generation = Generation::start(&state, vec![request], &options, arrived_at, "messages")?;
-    let wording =
-        ChatWording { num_choices: chat.params.n as usize, has_logprobs: chat.top_logprobs.is_some() };
-    respond(generation, wording, meta, chat.params.streamed, state.config.keep_alive_interval).await
+    let generation = Generation::start(&state, vec![request], &options, arrival, "messages")?;
+    let wording = ChatWording {
+        num_choices: chat.params.n as usize,
+        has_logprobs: chat.top_logprobs.is_some(),
+        returns_token_ids: chat.params.returns_token_ids,
+        prompt_token_ids,
+    };
+    respond(generation, wording, meta, &chat.params, &state).await
 }
 
 /// Messages and tools, as chat templates read them.
@@ -156,6 +161,8 @@ fn check_plain_text(fields: &mut Fields) -> Result<(), ApiError> {
 struct ChatWording {
     num_choices: usize,
     has_logprobs: bool,
+    returns_token_ids: bool,
+    prompt_token_ids: Option<Vec<u32>>,
 }
 
 #[derive(Serialize)]
@@ -164,6 +171,8 @@ struct Choice {
     message: Message,
     logprobs: Option<Logprobs>,
     finish_reason: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<u32>>,
 }
 
 #[derive(Serialize)]
@@ -181,6 +190,8 @@ struct ChunkChoice {
     delta: DeltaMessage,
     logprobs: Option<Logprobs>,
     finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    token_ids: Vec<u32>,
 }
 
 #[derive(Default, Serialize)]
@@ -242,12 +253,13 @@ impl Wording for ChatWording {
             content: Some(String::new()),
             ..DeltaMessage::default()
         };
-        let choice = |index| ChunkChoice { index, delta: begins(), logprobs: None, finish_reason: None };
+        let choice = |index| ChunkChoice { delta: begins(), ..self.silence(index) };
         (0..self.num_choices).map(choice).collect()
     }
 
     fn chunk(&self, index: usize, delta: Delta) -> Option<ChunkChoice> {
-        if delta.text.is_empty() && delta.scores.is_empty() && delta.tool_calls.is_empty() {
+        let is_empty = delta.text.is_empty() && delta.scores.is_empty() && delta.tool_calls.is_empty();
+        if is_empty && delta.token_ids.is_empty() {
             return None;
         }
         let tool_calls =
@@ -260,15 +272,24 @@ impl Wording for ChatWording {
             delta: delta_message,
             logprobs: self.logprobs(delta.scores),
             finish_reason: None,
+            token_ids: delta.token_ids,
         })
     }
 
     fn closing(&self, index: usize, ending: Ending) -> ChunkChoice {
-        ChunkChoice {
-            index,
-            delta: DeltaMessage::default(),
-            logprobs: None,
-            finish_reason: Some(ending.as_str()),
+        ChunkChoice { finish_reason: Some(ending.as_str()), ..self.silence(index) }
+    }
+
+    fn silence(&self, index: usize) -> ChunkChoice {
+        let delta = DeltaMessage::default();
+        ChunkChoice { index, delta, logprobs: None, finish_reason: None, token_ids: Vec::new() }
+    }
+
+    fn aside(&mut self, answers: &mut [Delta]) -> Aside {
+        Aside {
+            prompt_token_ids: self.prompt_token_ids.take(),
+            prompt_logprobs: answers.iter_mut().find_map(|answer| answer.prompt_logprobs.take()),
+            ..Aside::default()
         }
     }
 
@@ -286,6 +307,7 @@ impl ChatWording {
             message: Message { role: "assistant", content, refusal: None, tool_calls },
             logprobs: self.logprobs(answer.scores),
             finish_reason: answer.ending.unwrap_or(Ending::Stop).as_str(),
+            token_ids: self.returns_token_ids.then_some(answer.token_ids),
         }
     }
 

@@ -3,8 +3,6 @@
 //! The client owns the whole prompt and could as well send token ids, so control tokens in it are control
 //! tokens, as with Hugging Face. The answer goes on where the prompt ends and keeps its leading space.
 
-use std::time::Instant;
-
 use axum::extract::{Request, State};
 use axum::response::Response;
 use serde::Serialize;
@@ -18,8 +16,8 @@ use crate::body::read_json;
 use crate::choice_text::{Delta, Ending, TextOptions};
 use crate::config::limits;
 use crate::error::ApiError;
-use crate::generation::Generation;
-use crate::logprobs::TokenScore;
+use crate::generation::{Arrival, Generation};
+use crate::logprobs::{PromptLogprobs, TokenScore};
 use crate::state::AppState;
 use crate::text::model::TextModel;
 
@@ -31,7 +29,7 @@ pub(crate) async fn completions(
     State(state): State<AppState>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let arrived_at = Instant::now();
+    let arrival = Arrival::of(&request);
     let fields = read_json(&state, request).await?;
     let completion = CompletionRequest::take(fields, &state)?;
     let (prompts, echo) = (completion.prompts, completion.echo);
@@ -41,7 +39,11 @@ pub(crate) async fn completions(
     let meta = Meta::new(&state, "cmpl-", completion.params.service_tier);
     let mut echoes = Vec::with_capacity(encoded.len());
     let mut requests = Vec::with_capacity(encoded.len());
+    let mut prompts = Vec::new();
     for prompt in encoded {
+        if completion.params.returns_token_ids {
+            prompts.push(prompt.ids.clone());
+        }
         let generate =
             completion.options.generate(meta.id(), prompt.ids, state.engine.limits().max_model_len)?;
         requests.push(completion.params.request(&state, generate)?);
@@ -52,10 +54,13 @@ pub(crate) async fn completions(
         stops: completion.params.stops.clone(),
         tool_calls_token: None,
         single_tool_call: false,
+        returns_token_ids: completion.params.returns_token_ids,
+        num_prompt_logprobs: completion.params.num_prompt_logprobs,
     };
-    let generation = Generation::start(&state, requests, &text, arrived_at, "prompt")?;
-    let wording = CompletionWording { n: completion.params.n as usize, options: completion.options, echoes };
-    respond(generation, wording, meta, completion.params.streamed, state.config.keep_alive_interval).await
+    let generation = Generation::start(&state, requests, &text, arrival, "prompt")?;
+    let wording =
+        CompletionWording { n: completion.params.n as usize, options: completion.options, echoes, prompts };
+    respond(generation, wording, meta, &completion.params, &state).await
 }
 
 struct CompletionRequest {
@@ -142,6 +147,8 @@ struct CompletionWording {
     options: Options,
     /// One per prompt.
     echoes: Vec<String>,
+    /// One per prompt if token ids are wanted, else none.
+    prompts: Vec<Vec<u32>>,
 }
 
 #[derive(Serialize)]
@@ -150,6 +157,12 @@ struct Choice<Finish> {
     text: String,
     logprobs: Option<Logprobs>,
     finish_reason: Finish,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<Vec<u32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<u32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<PromptLogprobs>,
 }
 
 #[derive(Default, Serialize)]
@@ -169,29 +182,42 @@ impl Wording for CompletionWording {
 
     fn opening(&self) -> Vec<Self::ChunkChoice> {
         // With scores, the echo waits until the prompt is scored.
-        let echoes = self.echoes.iter().flat_map(|echo| std::iter::repeat_n(echo, self.n)).enumerate();
-        let shown = echoes.filter(|(_, echo)| !echo.is_empty() && !self.options.scores_prompt);
-        let choice = |(index, echo): (usize, &String)| Choice {
-            index,
-            text: echo.clone(),
-            logprobs: None,
-            finish_reason: None,
+        let echo = |index: usize| if self.options.scores_prompt { "" } else { &self.echoes[index / self.n] };
+        let opening = |index| {
+            let text = echo(index).to_owned();
+            Choice { text, prompt_token_ids: self.prompt_token_ids(index / self.n), ..self.silence(index) }
         };
-        shown.map(choice).collect()
+        let is_shown =
+            |choice: &Self::ChunkChoice| !choice.text.is_empty() || choice.prompt_token_ids.is_some();
+        (0..self.echoes.len() * self.n).map(opening).filter(is_shown).collect()
     }
 
     fn chunk(&self, index: usize, mut delta: Delta) -> Option<Self::ChunkChoice> {
         let echo = if delta.prompt_scores.is_some() { self.echoes[index / self.n].as_str() } else { "" };
         let prompt_scores = delta.prompt_scores.take().unwrap_or_default();
-        if delta.text.is_empty() && delta.scores.is_empty() && prompt_scores.is_empty() {
+        let is_empty = delta.text.is_empty() && delta.scores.is_empty() && prompt_scores.is_empty();
+        if is_empty && delta.token_ids.is_empty() {
             return None;
         }
         let logprobs = self.logprobs(prompt_scores, delta.scores, self.num_echoed_chars(index / self.n));
-        Some(Choice { index, text: format!("{echo}{}", delta.text), logprobs, finish_reason: None })
+        let token_ids = Some(delta.token_ids).filter(|ids| !ids.is_empty());
+        Some(Choice { text: format!("{echo}{}", delta.text), logprobs, token_ids, ..self.silence(index) })
     }
 
     fn closing(&self, index: usize, ending: Ending) -> Self::ChunkChoice {
-        Choice { index, text: String::new(), logprobs: None, finish_reason: Some(ending.as_str()) }
+        Choice { finish_reason: Some(ending.as_str()), ..self.silence(index) }
+    }
+
+    fn silence(&self, index: usize) -> Self::ChunkChoice {
+        Choice {
+            index,
+            text: String::new(),
+            logprobs: None,
+            finish_reason: None,
+            prompt_token_ids: None,
+            token_ids: None,
+            prompt_logprobs: None,
+        }
     }
 
     fn whole(&self, answers: Vec<Delta>) -> Vec<Self::Choice> {
@@ -201,7 +227,9 @@ impl Wording for CompletionWording {
             let mut of_prompt: Vec<Delta> = answers.by_ref().take(self.options.best_of as usize).collect();
             let prompt_scores =
                 of_prompt.iter_mut().find_map(|answer| answer.prompt_scores.take()).unwrap_or_default();
+            let prompt_logprobs = of_prompt.iter_mut().find_map(|answer| answer.prompt_logprobs.take());
             for answer in best(of_prompt, self.n) {
+                let answer = Delta { prompt_logprobs: prompt_logprobs.clone(), ..answer };
                 choices.push(self.choice(choices.len(), prompt_index, answer, prompt_scores.clone()));
             }
         }
@@ -222,7 +250,14 @@ impl CompletionWording {
             text: format!("{}{}", self.echoes[prompt_index], answer.text),
             logprobs: self.logprobs(prompt_scores, answer.scores, self.num_echoed_chars(prompt_index)),
             finish_reason: answer.ending.unwrap_or(Ending::Stop).as_str(),
+            prompt_token_ids: self.prompt_token_ids(prompt_index),
+            token_ids: (!self.prompts.is_empty()).then_some(answer.token_ids),
+            prompt_logprobs: answer.prompt_logprobs,
         }
+    }
+
+    fn prompt_token_ids(&self, prompt_index: usize) -> Option<Vec<u32>> {
+        self.prompts.get(prompt_index).cloned()
     }
 
     fn num_echoed_chars(&self, prompt_index: usize) -> usize {
@@ -235,8 +270,11 @@ impl CompletionWording {
         answer: Vec<TokenScore>,
         num_echoed_chars: usize,
     ) -> Option<Logprobs> {
-        self.options.logprobs?;
+        let num = self.options.logprobs? as usize;
         let mut logprobs = Logprobs::default();
+        // `prompt_logprobs` may have asked for scores too, and for more of them.
+        let mut prompt = if self.options.scores_prompt { prompt } else { Vec::new() };
+        prompt.iter_mut().for_each(|score| score.top.truncate(num));
         prompt.into_iter().for_each(|score| logprobs.push(score, 0));
         answer.into_iter().for_each(|score| logprobs.push(score, num_echoed_chars));
         Some(logprobs)

@@ -9,6 +9,7 @@ pub(crate) mod tools;
 
 pub(crate) mod params;
 
+pub(crate) mod cancel;
 pub(crate) mod models;
 pub(crate) mod tokenize;
 

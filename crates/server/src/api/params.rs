@@ -31,6 +31,12 @@ pub(crate) struct Params {
     priority: i32,
     deadline: Option<Duration>,
     cache_salt: Option<String>,
+    /// Adds where the time went.
+    pub(crate) has_timings: bool,
+    /// Adds the ids of the prompt's tokens and of the answer's.
+    pub(crate) returns_token_ids: bool,
+    /// Adds the log-probabilities of the prompt's tokens, and of this many alternatives.
+    pub(crate) num_prompt_logprobs: Option<u32>,
 }
 
 /// What differs between the requests of one client request, and between endpoints.
@@ -49,11 +55,13 @@ impl Params {
     pub(crate) fn take(fields: &mut Fields, state: &AppState) -> Result<Self, ApiError> {
         check_model(fields, &state.config.model_name)?;
         take_labels(fields)?;
+        check_effort(fields)?;
         let vocab_size = state.engine.limits().vocab_size;
+        let streamed = take_stream(fields)?;
         Ok(Self {
             n: fields.integer("n", 1..=i64::from(state.config.max_choices))?.unwrap_or(1) as u32,
             stops: take_stops(fields)?,
-            streamed: take_stream(fields)?,
+            streamed,
             service_tier: take_service_tier(fields)?,
             sampling: take_sampling(fields, vocab_size)?,
             min_tokens: fields.integer("min_tokens", 0..=i64::from(u32::MAX))?.unwrap_or(0) as u32,
@@ -65,6 +73,9 @@ impl Params {
                 .integer("deadline_ms", 1..=limits::MAX_DEADLINE_MS)?
                 .map(|ms| Duration::from_millis(ms as u64)),
             cache_salt: take_cache_salt(fields)?,
+            has_timings: fields.boolean("timings")?.unwrap_or(false),
+            returns_token_ids: fields.boolean("return_token_ids")?.unwrap_or(false),
+            num_prompt_logprobs: take_prompt_logprobs(fields, streamed.is_some())?,
         })
     }
 
@@ -88,7 +99,8 @@ impl Params {
             ignore_eos: self.ignore_eos,
             stop_token_ids: self.stop_token_ids.clone(),
             num_logprobs: generate.num_logprobs,
-            num_prompt_logprobs: generate.num_prompt_logprobs,
+            num_prompt_logprobs: generate.num_prompt_logprobs.max(self.num_prompt_logprobs),
+            reports_progress: self.streamed.is_some_and(|options| options.reports_progress),
             priority: self.priority,
             deadline: self.deadline,
             cache_salt: self.cache_salt.clone(),
@@ -150,6 +162,26 @@ fn take_labels(fields: &mut Fields) -> Result<(), ApiError> {
     match fields.boolean("store")? {
         Some(true) => Err(wrong_value("store", "this server stores no answers")),
         _ => Ok(()),
+    }
+}
+
+/// Fields that ask models which reason to do so more or less: this one answers in one way only.
+fn check_effort(fields: &mut Fields) -> Result<(), ApiError> {
+    for (name, only) in [("verbosity", "medium"), ("reasoning_effort", "none")] {
+        let value = fields.string(name, limits::MAX_LABEL_BYTES)?;
+        if value.is_some_and(|value| value != only) {
+            return Err(wrong_value(name, &format!("this model supports only '{only}'")));
+        }
+    }
+    Ok(())
+}
+
+fn take_prompt_logprobs(fields: &mut Fields, is_streamed: bool) -> Result<Option<u32>, ApiError> {
+    match fields.integer("prompt_logprobs", 0..=limits::MAX_CHAT_LOGPROBS)? {
+        Some(_) if is_streamed => {
+            Err(wrong_value("prompt_logprobs", "it is not available when 'stream' is true"))
+        }
+        num => Ok(num.map(|num| num as u32)),
     }
 }
 
@@ -243,15 +275,34 @@ pub(crate) fn indexed(path: &str, items: Vec<Value>) -> Vec<(String, Value)> {
 
 fn take_stream(fields: &mut Fields) -> Result<Option<StreamOptions>, ApiError> {
     let is_streamed = fields.boolean("stream")?.unwrap_or(false);
+    let only_streamed = |name: &str| wrong_value(name, "it is only allowed when 'stream' is true");
+    let reports_progress = fields.boolean("return_progress")?.unwrap_or(false);
+    if reports_progress && !is_streamed {
+        return Err(only_streamed("return_progress"));
+    }
+    let mut streamed = StreamOptions { reports_progress, ..StreamOptions::default() };
+    match fields.integer("sse_ping_interval", -1..=limits::MAX_PING_INTERVAL_S)? {
+        Some(_) if !is_streamed => return Err(only_streamed("sse_ping_interval")),
+        Some(0) => return Err(wrong_value("sse_ping_interval", "expected seconds, or -1 for never")),
+        // llama.cpp writes "never" as -1.
+        seconds => {
+            streamed.keep_alive_interval = seconds.map(|s| u64::try_from(s).ok().map(Duration::from_secs))
+        }
+    }
     let Some(mut options) = fields.object("stream_options")? else {
-        return Ok(is_streamed.then_some(StreamOptions { include_usage: false }));
+        return Ok(is_streamed.then_some(streamed));
     };
     if !is_streamed {
-        return Err(wrong_value("stream_options", "it is only allowed when 'stream' is true"));
+        return Err(only_streamed("stream_options"));
     }
-    let include_usage = options.boolean("include_usage")?.unwrap_or(false);
+    streamed.include_usage = options.boolean("include_usage")?.unwrap_or(false);
+    streamed.continuous_usage = options.boolean("continuous_usage_stats")?.unwrap_or(false);
+    if streamed.continuous_usage && !streamed.include_usage {
+        let path = options.path("continuous_usage_stats");
+        return Err(wrong_value(&path, "it is only allowed when 'include_usage' is true"));
+    }
     options.finish()?;
-    Ok(Some(StreamOptions { include_usage }))
+    Ok(Some(streamed))
 }
 
 fn take_cache_salt(fields: &mut Fields) -> Result<Option<String>, ApiError> {

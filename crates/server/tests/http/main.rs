@@ -4,6 +4,7 @@
 mod chat;
 mod completions;
 mod errors;
+mod extras;
 mod leaving;
 mod metrics;
 mod support;
