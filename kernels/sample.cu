@@ -1,5 +1,6 @@
-// From rows of f32 logits to tokens: bias, penalties and bans, then the likeliest token or one draw after temperature,
-// top-k, top-p and min-p; log-probabilities when asked. One block per row, which stays in the cache.
+// From rows of f32 logits to tokens: bias, penalties, bans and a mask of what is allowed, then the likeliest token or
+// one draw after temperature, top-k, top-p and min-p; log-probabilities when asked. One block per row, which stays in
+// the cache.
 //
 // A draw is among integers: a token's weight is its probability relative to the likeliest one's in 2^-30ths, from f32
 // operations that are rounded one by one. Integers add up to the same sum in any order, so the token is the one that
@@ -30,7 +31,8 @@ struct SampleRow {
   int num_edits;
   // Likeliest tokens to report, MAX_TOP at most; negative if no log-probability is wanted.
   int num_top;
-  int padding;
+  // Where the mask of its allowed tokens begins, token t in bit t % 32 of word t / 32; negative if all are allowed.
+  int first_mask_word;
 };
 
 // What bias, penalties and bans do to one token's logit.
@@ -81,16 +83,24 @@ DEVICE uint64_t order_key(float logit, uint32_t token) {
 
 DEVICE uint32_t token_of(uint64_t key) { return 0xffffffffu - static_cast<uint32_t>(key); }
 
+// A row whose tokens may be taken, or only those in its mask: the others' logits are minus infinity.
+template <bool IS_MASKED>
 struct Row {
   const float* logits;
   int vocab;
+  const uint32_t* mask;
+
+  DEVICE float logit(uint32_t token) const {
+    if (IS_MASKED && (mask[token / 32] >> token % 32 & 1) == 0) return -INFINITY;
+    return logits[token];
+  }
 
   // The first token by order among those after `limit`.
   DEVICE uint64_t best_below(uint64_t limit) const {
     __shared__ uint64_t of_warp[SAMPLE_WARPS];
     uint64_t best = 0;
     for (int token = threadIdx.x; token < vocab; token += blockDim.x) {
-      uint64_t key = order_key(logits[token], token);
+      uint64_t key = order_key(logit(token), token);
       if (key < limit && key > best) best = key;
     }
     return block_combine(best, of_warp, [](uint64_t a, uint64_t b) { return a > b ? a : b; });
@@ -99,8 +109,8 @@ struct Row {
   // The likeliest token, or NO_TOKEN.
   DEVICE uint32_t likeliest() const {
     uint32_t token = token_of(best_below(~0ull));
-    float logit = logits[token];
-    return logit < INFINITY && logit > -INFINITY ? token : NO_TOKEN;
+    float largest = logit(token);
+    return largest < INFINITY && largest > -INFINITY ? token : NO_TOKEN;
   }
 };
 
@@ -129,6 +139,7 @@ struct Kept {
 };
 
 // A row's weights, and what is left of them.
+template <class Row>
 struct Draw {
   Row row;
   float largest;
@@ -137,7 +148,7 @@ struct Draw {
 
   DEVICE uint32_t weight_of(int token) const {
     constexpr float ROUNDS = 12582912.0f, LEAST_EXPONENT = -64.0f;
-    float x = fmaxf(__fmul_rn(__fsub_rn(row.logits[token], largest), scale), LEAST_EXPONENT);
+    float x = fmaxf(__fmul_rn(__fsub_rn(row.logit(token), largest), scale), LEAST_EXPONENT);
     float shifted = __fadd_rn(x, ROUNDS);
     float series = exp2_series(__fsub_rn(x, __fsub_rn(shifted, ROUNDS)));
     uint32_t exponent = __float_as_uint(shifted) - __float_as_uint(ROUNDS) + 30 + 127;
@@ -267,8 +278,9 @@ struct Draw {
   }
 };
 
+template <class Row>
 DEVICE uint32_t draw_token(const Row& row, uint32_t likeliest, const SampleRow& wanted) {
-  Draw draw = {row, row.logits[likeliest], wanted.scale, {0, 0}};
+  Draw<Row> draw = {row, row.logit(likeliest), wanted.scale, {0, 0}};
   if (wanted.top_k > 0 && wanted.top_k < static_cast<uint32_t>(row.vocab)) draw.keep_top_k(wanted.top_k);
   if (wanted.top_p < 1.0) draw.keep_top_p(wanted.top_p);
   draw.keep_min_p(wanted.least_weight);
@@ -297,7 +309,7 @@ DEVICE void restore_logits(float* logits, const LogitEdit* edits, const float* o
 }
 
 // The taken token first, then the likeliest ones.
-DEVICE void report_logprobs(const Row& row, uint32_t taken, int num_top, TokenLogprob* out) {
+DEVICE void report_logprobs(const Row<false>& row, uint32_t taken, int num_top, TokenLogprob* out) {
   uint64_t best = row.best_below(~0ull);
   double largest = row.logits[token_of(best)], sum = 0.0;
   uint32_t num_likelier = 0;
@@ -317,22 +329,30 @@ DEVICE void report_logprobs(const Row& row, uint32_t taken, int num_top, TokenLo
   }
 }
 
-// `edits` and `originals` are of all rows together; `tokens` has one entry per row, `logprobs` 1 + MAX_TOP.
+// Takes the token of a row whose likeliest one is known, if it is sound.
+template <class Row>
+DEVICE uint32_t take_token(const Row& row, uint32_t likeliest, const SampleRow& wanted) {
+  return likeliest != NO_TOKEN && wanted.scale > 0.0f ? draw_token(row, likeliest, wanted) : likeliest;
+}
+
+// `edits`, `masks` and `originals` are of all rows together; `tokens` has one entry per row, `logprobs` 1 + MAX_TOP.
 KERNEL(SAMPLE_THREADS, sample)(float* logits, int vocab, int stride, const SampleRow* rows, const LogitEdit* edits,
-                               float* originals, uint32_t* tokens, TokenLogprob* logprobs) {
+                               const uint32_t* masks, float* originals, uint32_t* tokens, TokenLogprob* logprobs) {
   SampleRow wanted = rows[blockIdx.x];
   float* row_logits = logits + static_cast<int64_t>(blockIdx.x) * stride;
   edits += wanted.first_edit;
   originals += wanted.first_edit;
-  Row row = {row_logits, vocab};
+  Row<false> row = {row_logits, vocab, nullptr};
   uint32_t token = row.likeliest();
   bool is_sound = token != NO_TOKEN;
   if (is_sound && wanted.forced == NO_TOKEN) {
-    if (wanted.num_edits > 0) {
-      edit_logits(row_logits, edits, originals, wanted.num_edits);
-      token = row.likeliest();
+    if (wanted.num_edits > 0) edit_logits(row_logits, edits, originals, wanted.num_edits);
+    if (wanted.first_mask_word >= 0) {
+      Row<true> masked = {row_logits, vocab, masks + wanted.first_mask_word};
+      token = take_token(masked, masked.likeliest(), wanted);
+    } else {
+      token = take_token(row, wanted.num_edits > 0 ? row.likeliest() : token, wanted);
     }
-    if (token != NO_TOKEN && wanted.scale > 0.0f) token = draw_token(row, token, wanted);
     if (wanted.num_edits > 0) restore_logits(row_logits, edits, originals, wanted.num_edits);
   }
   if (is_sound && wanted.forced != NO_TOKEN) token = wanted.forced;

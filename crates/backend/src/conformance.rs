@@ -452,6 +452,7 @@ fn check_sample<B: Backend>(backend: &mut B) {
         let params: Vec<_> =
             (0..NUM_SAMPLED as u64).map(|index| sample_params(index, vocab as u32)).collect();
         let tokens: Vec<u32> = (0..60).map(|i| i * i % vocab as u32).collect();
+        let masks: Vec<Vec<u32>> = (0..NUM_SAMPLED).map(|index| mask(index, vocab)).collect();
         let rows: Vec<_> = params
             .iter()
             .enumerate()
@@ -460,6 +461,7 @@ fn check_sample<B: Backend>(backend: &mut B) {
                 prompt: &tokens[..index],
                 output: &tokens[index..2 * index],
                 banned: if index % 5 == 1 { &tokens[1..3] } else { &[] },
+                allowed: (index % 3 != 1).then(|| masks[index].as_slice()),
                 forced: (index % 7 == 6).then(|| tokens[index]),
                 num_logprobs: [None, Some(0), Some(3)][index % 3],
             })
@@ -484,6 +486,16 @@ fn check_sample<B: Backend>(backend: &mut B) {
 
 /// Rows that are sampled together.
 const NUM_SAMPLED: usize = 24;
+
+/// The tokens that a row may take: few or most of them, none of the last, and now and then none at all.
+fn mask(index: usize, vocab: usize) -> Vec<u32> {
+    let word = |i: u64| {
+        let (a, b) = (mix64(i ^ (index as u64) << 32), mix64(!i ^ (index as u64) << 32));
+        if index.is_multiple_of(2) { (a & b & a >> 32) as u32 } else { (a | b) as u32 }
+    };
+    let num_words = vocab.div_ceil(u32::BITS as usize).saturating_sub(index / 8);
+    (0..num_words as u64).map(word).collect()
+}
 
 /// Every filter, alone and with others.
 fn sample_params(index: u64, vocab: u32) -> SampleParams {

@@ -1,11 +1,11 @@
 //! From a row of logits to a token: the plain implementation, which is the specification for devices that
 //! sample on their own.
 //!
-//! Order: logit bias, repetition penalty, presence and frequency penalties, banned tokens; then greedy, or
-//! temperature, top-k, top-p, min-p and one draw, among integers ([`weights`]). Randomness is an input: [`uniform`] of
+//! Order: logit bias, repetition penalty, presence and frequency penalties, banned tokens, then all but the allowed
+//! ones; then greedy, or temperature, top-k, top-p, min-p and one draw, among integers ([`weights`]). Randomness is an input: [`uniform`] of
 //! the request's seed and the token's index, so a request's luck depends on nothing but itself.
 //!
-//! This file does not know why a token is banned or what ends a sequence; that is the engine's policy.
+//! This file does not know why a token is banned or allowed, or what ends a sequence; that is the engine's policy.
 
 pub mod weights;
 
@@ -87,6 +87,9 @@ pub struct SampleRow<'a> {
     pub output: &'a [u32],
     /// Tokens that must not be taken now (an end of sequence before `min_tokens`).
     pub banned: &'a [u32],
+    /// If there, only these tokens may be taken: bit `t % 32` of word `t / 32` is token `t`, and what lies behind
+    /// the last word is not allowed. Log-probabilities do not change with it.
+    pub allowed: Option<&'a [u32]>,
     /// Take this token whatever the logits say: its log-probability is all that is wanted (prompt scoring).
     pub forced: Option<u32>,
     /// Report log-probabilities: the token's own, and of this many likeliest tokens.
@@ -118,7 +121,15 @@ impl LogitEdit {
 impl<'a> SampleRow<'a> {
     /// A row without a history, of which only the token is wanted.
     pub fn new(params: &'a SampleParams) -> Self {
-        Self { params, prompt: &[], output: &[], banned: &[], forced: None, num_logprobs: None }
+        Self {
+            params,
+            prompt: &[],
+            output: &[],
+            banned: &[],
+            allowed: None,
+            forced: None,
+            num_logprobs: None,
+        }
     }
 
     /// The draw for the token that comes next.
@@ -232,11 +243,11 @@ fn finite_max(logits: &[f32]) -> Result<f32, NonFiniteLogits> {
 /// Takes one token from logits of which the largest is `max`.
 fn take_token(logits: &[f32], max: f32, row: &SampleRow<'_>) -> Result<u32, NonFiniteLogits> {
     let params = row.params;
-    if params.leaves_logits() && row.banned.is_empty() {
+    if params.leaves_logits() && row.banned.is_empty() && row.allowed.is_none() {
         return Ok(take_adjusted(logits, max, row));
     }
     let adjusted = adjust(logits, row);
-    // Bias and bans may have left nothing, or overflowed.
+    // Bias, bans and what is not allowed may have left nothing, or overflowed.
     let max = finite_max(&adjusted)?;
     Ok(take_adjusted(&adjusted, max, row))
 }
@@ -278,14 +289,26 @@ fn keep_heaviest(weights: &[u32], params: &SampleParams) -> Option<Vec<Weighted>
     }
 }
 
-/// The logits after bias, penalties and bans.
+/// The logits after bias, penalties and bans, those of tokens that are not allowed at minus infinity.
 fn adjust(logits: &[f32], row: &SampleRow<'_>) -> Vec<f32> {
     let mut logits = logits.to_vec();
     for edit in row.edits() {
         let logit = &mut logits[edit.token as usize];
         *logit = edit.apply(*logit);
     }
+    if let Some(allowed) = row.allowed {
+        forbid_others(&mut logits, allowed);
+    }
     logits
+}
+
+fn forbid_others(logits: &mut [f32], allowed: &[u32]) {
+    let words = allowed.iter().copied().chain(std::iter::repeat(0));
+    for (logits, word) in logits.chunks_mut(u32::BITS as usize).zip(words) {
+        for (bit, logit) in logits.iter_mut().enumerate() {
+            *logit = if word >> bit & 1 == 1 { *logit } else { f32::NEG_INFINITY };
+        }
+    }
 }
 
 /// The lowest token with this logit, which some token has.
@@ -395,12 +418,35 @@ mod tests {
     }
 
     #[test]
+    fn only_allowed_tokens_are_taken_and_their_logprobs_stay_the_models_own() {
+        let logits: Vec<f32> = (0..70).map(|token| token as f32 / 10.0).collect();
+        let allowed = [1 << 3 | 1 << 9, 1 << 2];
+        for (params, expected) in [
+            (SampleParams::greedy(), 34),
+            (SampleParams { logit_bias: vec![(9, 50.0), (69, 90.0)], ..SampleParams::greedy() }, 9),
+            (SampleParams { top_k: 1, ..SampleParams::default() }, 34),
+        ] {
+            let row = SampleRow { allowed: Some(&allowed), num_logprobs: Some(1), ..SampleRow::new(&params) };
+            let masked = sample_row(&logits, &row).unwrap();
+            let forced = SampleRow { forced: Some(expected), allowed: None, ..row };
+            assert_eq!(masked, sample_row(&logits, &forced).unwrap());
+        }
+        for seed in 0..200 {
+            let params = SampleParams { temperature: 2.0, seed, ..SampleParams::default() };
+            let row = SampleRow { allowed: Some(&allowed), banned: &[34], ..SampleRow::new(&params) };
+            assert!([3, 9].contains(&sample_row(&logits, &row).unwrap().token));
+        }
+    }
+
+    #[test]
     fn broken_logits_are_an_error_and_not_a_token() {
         let params = SampleParams::greedy();
         for logits in [[f32::NAN, 1.0], [f32::INFINITY, 1.0], [f32::NEG_INFINITY; 2]] {
             assert_eq!(sample_row(&logits, &SampleRow::new(&params)), Err(NonFiniteLogits), "{logits:?}");
         }
         assert!(sample_row(&[f32::NEG_INFINITY, 1.0], &SampleRow::new(&params)).is_ok());
+        let none_allowed = SampleRow { allowed: Some(&[]), ..SampleRow::new(&params) };
+        assert_eq!(sample_row(&[0.0, 1.0], &none_allowed), Err(NonFiniteLogits));
         let all_banned = SampleRow { banned: &[0, 1], ..SampleRow::new(&params) };
         assert_eq!(sample_row(&[0.0, 1.0], &all_banned), Err(NonFiniteLogits));
     }

@@ -272,7 +272,7 @@ pub(crate) struct SampleArguments {
     pub(crate) first_edit: i32,
     pub(crate) num_edits: i32,
     pub(crate) num_top: i32,
-    pub(crate) padding: i32,
+    pub(crate) first_mask_word: i32,
 }
 
 /// `LogitEdit` of `sample.cu`.

@@ -13,6 +13,7 @@ const MAX_TOP: usize = 32;
 /// What the kernel knows as no token: none is forced, or none can be taken.
 const NO_TOKEN: u32 = u32::MAX;
 const NO_LOGPROBS: i32 = -1;
+const NO_MASK: i32 = -1;
 /// Threads of a block, for a vocabulary that gives each of them something to do, and for one that does not.
 const THREADS: [u32; 2] = [1024, 128];
 const LARGE_VOCAB: usize = 4096;
@@ -22,6 +23,8 @@ const LARGE_VOCAB: usize = 4096;
 pub(crate) struct Sampler {
     rows: Vec<SampleArguments>,
     edits: Vec<EditArguments>,
+    /// Of the rows that have one, each as long as the vocabulary.
+    masks: Vec<u32>,
     device: Option<Buffers>,
     tokens: Vec<u32>,
     logprobs: Vec<LogprobResult>,
@@ -30,6 +33,7 @@ pub(crate) struct Sampler {
 struct Buffers {
     rows: Buffer,
     edits: Buffer,
+    masks: Buffer,
     /// f32: the logits that were edited.
     originals: Buffer,
     tokens: Buffer,
@@ -38,21 +42,30 @@ struct Buffers {
 }
 
 impl Buffers {
-    fn allocate(device: &mut Device, num_rows: usize, num_edits: usize) -> Result<Self, BackendError> {
-        let (num_rows, num_edits) = (num_rows.next_power_of_two(), num_edits.next_power_of_two());
+    fn allocate(
+        device: &mut Device,
+        num_rows: usize,
+        num_edits: usize,
+        num_mask_words: usize,
+    ) -> Result<Self, BackendError> {
+        let [num_rows, num_edits, num_mask_words] =
+            [num_rows, num_edits, num_mask_words].map(usize::next_power_of_two);
         let logprob_bytes = (1 + MAX_TOP) * size_of::<LogprobResult>();
         let mut allocate = |count, bytes| device.allocate("sampling", count * bytes);
         Ok(Self {
             rows: allocate(num_rows, size_of::<SampleArguments>())?,
             edits: allocate(num_edits, size_of::<EditArguments>())?,
+            masks: allocate(num_mask_words, size_of::<u32>())?,
             originals: allocate(num_edits, size_of::<f32>())?,
             tokens: allocate(num_rows, size_of::<u32>())?,
             logprobs: allocate(num_rows, logprob_bytes)?,
         })
     }
 
-    fn have_room(&self, rows: &[SampleArguments], edits: &[EditArguments]) -> bool {
-        self.rows.num_bytes() >= size_of_val(rows) && self.edits.num_bytes() >= size_of_val(edits)
+    fn have_room(&self, rows: &[SampleArguments], edits: &[EditArguments], masks: &[u32]) -> bool {
+        self.rows.num_bytes() >= size_of_val(rows)
+            && self.edits.num_bytes() >= size_of_val(edits)
+            && self.masks.num_bytes() >= size_of_val(masks)
     }
 }
 
@@ -69,32 +82,38 @@ impl Sampler {
     ) -> Result<(), BackendError> {
         self.rows.clear();
         self.edits.clear();
-        let max_top = MAX_TOP.min(logits.features) as u32;
-        rows.iter().for_each(|row| self.push(row, max_top));
+        self.masks.clear();
+        rows.iter().for_each(|row| self.push(row, logits.features));
         let buffers = match self.device.take() {
-            Some(buffers) if buffers.have_room(&self.rows, &self.edits) => buffers,
-            _ => Buffers::allocate(device, self.rows.len(), self.edits.len())?,
+            Some(buffers) if buffers.have_room(&self.rows, &self.edits, &self.masks) => buffers,
+            _ => Buffers::allocate(device, self.rows.len(), self.edits.len(), self.masks.len())?,
         };
         device.write_later(&buffers.rows, 0, &self.rows);
         device.write_later(&buffers.edits, 0, &self.edits);
+        device.write_later(&buffers.masks, 0, &self.masks);
         let [vocab, stride] = [logits.features, logits.stride].map(|n| n as i32);
         let from = logits.rows(rows.len(), DType::F32);
-        let Buffers { rows, edits, originals, tokens, logprobs } = &buffers;
-        let [rows, edits, originals, tokens, logprobs] =
-            [rows, edits, originals, tokens, logprobs].map(|b| b.address);
+        let Buffers { rows, edits, masks, originals, tokens, logprobs } = &buffers;
+        let [rows, edits, masks, originals, tokens, logprobs] =
+            [rows, edits, masks, originals, tokens, logprobs].map(|b| b.address);
         let threads = if logits.features >= LARGE_VOCAB { THREADS[0] } else { THREADS[1] };
         let grid = Grid::new(self.rows.len(), threads);
         device.launch(
             "sample",
             grid,
-            &[&from, &vocab, &stride, &rows, &edits, &originals, &tokens, &logprobs],
+            &[&from, &vocab, &stride, &rows, &edits, &masks, &originals, &tokens, &logprobs],
         );
         self.device = Some(buffers);
         Ok(())
     }
 
-    fn push(&mut self, row: &SampleRow<'_>, max_top: u32) {
-        let (params, first_edit) = (row.params, self.edits.len());
+    fn push(&mut self, row: &SampleRow<'_>, vocab: usize) {
+        let (params, first_edit, max_top) = (row.params, self.edits.len(), MAX_TOP.min(vocab) as u32);
+        let first_mask_word = row.allowed.map_or(NO_MASK, |_| self.masks.len() as i32);
+        if let Some(allowed) = row.allowed {
+            let num_words = vocab.div_ceil(u32::BITS as usize);
+            self.masks.extend(allowed.iter().copied().chain(std::iter::repeat(0)).take(num_words));
+        }
         self.edits.extend(row.edits().map(|LogitEdit { token, bias, repetition, subtracted }| {
             EditArguments { token, bias, repetition, subtracted }
         }));
@@ -108,7 +127,7 @@ impl Sampler {
             first_edit: first_edit as i32,
             num_edits: (self.edits.len() - first_edit) as i32,
             num_top: row.num_logprobs.map_or(NO_LOGPROBS, |count| count.min(max_top) as i32),
-            padding: 0,
+            first_mask_word,
         });
     }
 

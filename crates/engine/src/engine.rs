@@ -225,7 +225,7 @@ mod tests {
 
     use super::*;
     use crate::fake::FakeRunner;
-    use crate::request::{Event, Request};
+    use crate::request::{Choice, Event, Request};
     use crate::submission::SubmitError;
     use crate::testing::{Reader, clock, limits, request, sink};
 
@@ -237,7 +237,7 @@ mod tests {
 
     fn submit(handle: &EngineHandle, request: Request) -> Result<Reader, SubmitError> {
         let (sink, reader) = sink();
-        handle.submit(request, vec![sink]).map(|()| reader)
+        handle.submit(request, vec![Choice::free(sink)]).map(|()| reader)
     }
 
     fn last(reader: &Reader) -> Option<Event> {

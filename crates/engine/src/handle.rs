@@ -6,7 +6,7 @@ use model::RunnerLimits;
 
 use crate::config::{Clock, EngineConfig};
 use crate::queue::{Phase, Queue};
-use crate::request::{EventSink, Request};
+use crate::request::{Choice, Request};
 use crate::stats::{SharedStats, Stats};
 use crate::submission::{Submission, SubmitError, validate};
 
@@ -35,18 +35,18 @@ impl EngineHandle {
         Self { shared: Arc::new(Shared { queue, stats, limits, config, clock }) }
     }
 
-    /// Checks a request and puts it on the queue. From then on each sink is told how its choice goes, and
+    /// Checks a request and puts it on the queue. From then on each choice's sink is told how it goes, and
     /// dropping a sink's reader is how a client leaves.
     ///
     /// # Errors
-    /// [`SubmitError`]: the request can never be served, or not now. The sinks have been told nothing.
+    /// [`SubmitError`]: the request can never be served, or not now. The choices' sinks have been told nothing.
     ///
     /// # Panics
-    /// If there is not one sink per choice.
-    pub fn submit(&self, request: Request, sinks: Vec<Box<dyn EventSink>>) -> Result<(), SubmitError> {
+    /// If there are not as many choices as the request says.
+    pub fn submit(&self, request: Request, choices: Vec<Choice>) -> Result<(), SubmitError> {
         validate(&request, &self.shared.limits)?;
-        assert_eq!(sinks.len(), request.num_choices as usize, "each choice has a sink");
-        self.shared.queue.push(Submission { request, sinks, submitted_at: (self.shared.clock)() })
+        assert_eq!(choices.len(), request.num_choices as usize, "each choice has a sink");
+        self.shared.queue.push(Submission { request, choices, submitted_at: (self.shared.clock)() })
     }
 
     /// The model's sizes.

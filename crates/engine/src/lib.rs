@@ -12,6 +12,7 @@
 //! This crate knows no text, no HTTP and no wall clock of its own, and never waits for a client.
 #![forbid(unsafe_code)]
 
+mod constraint;
 mod request;
 
 mod config;
@@ -34,9 +35,10 @@ mod fake;
 mod testing;
 
 pub use config::{Clock, EngineConfig, limits};
+pub use constraint::Constraint;
 pub use engine::{Engine, EngineError, EngineThread, Progress};
 pub use fake::FakeRunner;
 pub use handle::EngineHandle;
-pub use request::{Event, EventSink, FinishReason, PromptLogprob, Request, SinkClosed};
+pub use request::{Choice, Event, EventSink, FinishReason, PromptLogprob, Request, SinkClosed};
 pub use stats::Stats;
 pub use submission::SubmitError;

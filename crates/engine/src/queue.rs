@@ -55,7 +55,7 @@ impl Queue {
             Phase::Draining | Phase::Aborting => return Err(SubmitError::Draining),
             Phase::Stopped => return Err(SubmitError::Stopped),
         }
-        let (num_choices, num_tokens) = (submission.sinks.len(), submission.num_tokens());
+        let (num_choices, num_tokens) = (submission.choices.len(), submission.num_tokens());
         let num_waiting = self.stats.num_waiting.load(Relaxed);
         let queued_tokens = self.stats.queued_tokens.load(Relaxed);
         let fits = num_waiting + num_choices <= self.config.max_queued_requests
@@ -123,6 +123,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::request::Choice;
     use crate::testing::{limits, request, sink};
 
     fn queue() -> Queue {
@@ -132,8 +133,8 @@ mod tests {
     }
 
     fn submission(prompt_len: usize, num_choices: usize) -> Submission {
-        let sinks = (0..num_choices).map(|_| sink().0).collect();
-        Submission { request: request(&vec![1; prompt_len], 1), sinks, submitted_at: Duration::ZERO }
+        let choices = (0..num_choices).map(|_| Choice::free(sink().0)).collect();
+        Submission { request: request(&vec![1; prompt_len], 1), choices, submitted_at: Duration::ZERO }
     }
 
     #[track_caller]

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use model::{SampleParams, Sampled, TokenLogprob};
 
+use crate::constraint::Constraint;
+
 /// What a client asked. Immutable once submitted.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Request {
@@ -21,7 +23,7 @@ pub struct Request {
     pub min_tokens: u32,
     /// The model's own ends of sequence; they finish a choice unless `ignore_eos`.
     pub eos_token_ids: Vec<u32>,
-    /// Generates past the ends of sequence.
+    /// Generates past the ends of sequence; under a constraint, does not take them.
     pub ignore_eos: bool,
     /// Further tokens that finish a choice.
     pub stop_token_ids: Vec<u32>,
@@ -39,10 +41,26 @@ pub struct Request {
     pub cache_salt: Option<String>,
 }
 
+/// One choice on its way in: who is told how it goes, and what bounds it.
+pub struct Choice {
+    /// Its reader.
+    pub sink: Box<dyn EventSink>,
+    /// What its tokens are bound to, beyond what the request says.
+    pub constraint: Option<Box<dyn Constraint>>,
+}
+
+impl Choice {
+    /// A choice that only its request bounds.
+    pub fn free(sink: Box<dyn EventSink>) -> Self {
+        Self { sink, constraint: None }
+    }
+}
+
 /// Why a choice ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum FinishReason {
-    /// A token of `eos_token_ids` or `stop_token_ids` was taken; it is the last token sent.
+    /// A token of `eos_token_ids` or `stop_token_ids` was taken, and is the last token sent; or the choice's
+    /// constraint is complete.
     Stop,
     /// `max_tokens` or the model's context is used up.
     Length,
@@ -52,7 +70,7 @@ pub enum FinishReason {
     Deadline,
     /// The engine is shutting down and will not finish this choice.
     Shutdown,
-    /// The model or its device failed.
+    /// The model or its device failed, or the choice's constraint did.
     Error,
 }
 

@@ -140,9 +140,9 @@ impl Scheduler {
         let max_len = (request.prompt.len().saturating_add(request.max_tokens as usize))
             .min(self.limits.max_model_len)
             .min(cache_capacity(&self.limits) + 1);
-        for (choice, sink) in (0..).zip(submission.sinks) {
-            let key = SequenceKey { priority: request.priority, arrival, choice };
-            let sequence = Sequence::new(key, Arc::clone(&request), sink, times, max_len, root);
+        for (index, choice) in (0..).zip(submission.choices) {
+            let key = SequenceKey { priority: request.priority, arrival, choice: index };
+            let sequence = Sequence::new(key, Arc::clone(&request), choice, times, max_len, root);
             self.waiting.insert(key, Box::new(sequence));
         }
     }
@@ -195,7 +195,9 @@ impl Scheduler {
     }
 
     fn end_given_up(&mut self, now: Duration) {
-        let reason = |sequence: &Sequence| sequence.departure().or_else(|| sequence.lateness(now));
+        let reason = |sequence: &Sequence| {
+            sequence.departure().or_else(|| sequence.lateness(now)).or_else(|| sequence.dead_end())
+        };
         for index in (0..self.running.len()).rev() {
             if let Some(reason) = reason(&self.running[index]) {
                 self.end_running(index, reason);

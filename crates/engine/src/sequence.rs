@@ -19,7 +19,8 @@ use std::time::Duration;
 use model::{NonFiniteLogits, SampleParams, SampleRow, Sampled, mix64};
 
 use crate::block_hash::{BlockHash, BlockHasher};
-use crate::request::{Event, EventSink, FinishReason, PromptLogprob, Request};
+use crate::constraint::{Constraint, Left, is_allowed, left};
+use crate::request::{Choice, Event, EventSink, FinishReason, PromptLogprob, Request};
 
 /// A sequence's place in line: the order in which sequences are served. The last is preempted first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -50,6 +51,7 @@ pub(crate) struct Sequence {
     request: Arc<Request>,
     params: SampleParams,
     sink: Box<dyn EventSink>,
+    constraint: Option<Box<dyn Constraint>>,
     times: Times,
     /// Prompt, then output.
     tokens: Vec<u32>,
@@ -72,7 +74,7 @@ impl Sequence {
     pub(crate) fn new(
         key: SequenceKey,
         request: Arc<Request>,
-        sink: Box<dyn EventSink>,
+        choice: Choice,
         times: Times,
         max_len: usize,
         root: Option<BlockHash>,
@@ -92,7 +94,8 @@ impl Sequence {
             num_scheduled_tokens: 0,
             block_table: Vec::new(),
             params,
-            sink,
+            sink: choice.sink,
+            constraint: choice.constraint,
             times,
             tokens: request.prompt.clone(),
             max_len,
@@ -141,6 +144,35 @@ impl Sequence {
     /// The reason to end a sequence whose time is up.
     pub(crate) fn lateness(&self, now: Duration) -> Option<FinishReason> {
         self.times.deadline.is_some_and(|deadline| deadline <= now).then_some(FinishReason::Deadline)
+    }
+
+    /// The reason to end a sequence whose constraint leaves no token to take.
+    pub(crate) fn dead_end(&self) -> Option<FinishReason> {
+        let allowed = self.constraint.as_ref()?.allowed()?;
+        let Request { max_tokens, eos_token_ids, .. } = &*self.request;
+        match left(allowed, self.banned()) {
+            _ if *max_tokens == 0 => None,
+            Left::Some => None,
+            Left::Nothing => Some(FinishReason::Error),
+            // It wants to end and is not let; or a stop token that it needs must wait.
+            Left::Banned => {
+                let may_end = eos_token_ids.iter().any(|&token| is_allowed(allowed, token));
+                Some(if may_end { FinishReason::Stop } else { FinishReason::Length })
+            }
+        }
+    }
+
+    /// Tokens that may not be taken now.
+    fn banned(&self) -> &[u32] {
+        let num_generated = self.len() - self.prompt_len();
+        if num_generated < self.request.min_tokens as usize {
+            &self.banned
+        } else if self.request.ignore_eos && self.constraint.is_some() {
+            // Nothing can follow an end.
+            &self.request.eos_token_ids
+        } else {
+            &[]
+        }
     }
 
     /// Names of the full blocks `blocks`, computed as far as necessary; empty if it shares no blocks.
@@ -206,15 +238,16 @@ impl Sequence {
             prompt: &[],
             output: &[],
             banned: &[],
+            allowed: None,
             forced: Some(self.tokens[position + 1]),
             num_logprobs: self.request.num_prompt_logprobs,
         });
-        let may_end = output.len() >= self.request.min_tokens as usize;
         let sampled = self.sampled_position().map(|_| SampleRow {
             params: &self.params,
             prompt,
             output,
-            banned: if may_end { &[] } else { &self.banned },
+            banned: self.banned(),
+            allowed: self.constraint.as_ref().and_then(|constraint| constraint.allowed()),
             forced: None,
             num_logprobs: self.request.num_logprobs,
         });
@@ -275,6 +308,12 @@ impl Sequence {
         let Request { eos_token_ids, stop_token_ids, ignore_eos, .. } = &*self.request;
         if stop_token_ids.contains(&token) || (!ignore_eos && eos_token_ids.contains(&token)) {
             return Some(FinishReason::Stop);
+        }
+        if let Some(constraint) = &mut self.constraint {
+            constraint.accept(token);
+            if constraint.is_complete() {
+                return Some(FinishReason::Stop);
+            }
         }
         (self.len() >= self.max_len).then_some(FinishReason::Length)
     }

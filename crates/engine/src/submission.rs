@@ -12,7 +12,7 @@ use crate::config::limits::{
     LOGIT_BIAS, MAX_LOGIT_BIAS_ENTRIES, MAX_NUM_CHOICES, MAX_NUM_LOGPROBS, MAX_STOP_TOKENS, PENALTY,
     REPETITION_PENALTY, TEMPERATURE,
 };
-use crate::request::{EventSink, Request};
+use crate::request::{Choice, Request};
 
 /// Why a request was not accepted.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -42,15 +42,15 @@ pub enum SubmitError {
 /// An accepted request, with its readers.
 pub(crate) struct Submission {
     pub(crate) request: Request,
-    /// One per choice.
-    pub(crate) sinks: Vec<Box<dyn EventSink>>,
+    /// As many as the request says.
+    pub(crate) choices: Vec<Choice>,
     pub(crate) submitted_at: Duration,
 }
 
 impl Submission {
     /// Tokens that the queue holds for this request.
     pub(crate) fn num_tokens(&self) -> usize {
-        self.request.prompt.len() * self.sinks.len()
+        self.request.prompt.len() * self.choices.len()
     }
 
     /// When the request is too late, by the engine's clock.

@@ -5,8 +5,8 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use engine::{
-    Clock, Engine, EngineConfig, EngineError, EngineHandle, EngineThread, Event, EventSink, FakeRunner,
-    FinishReason, Request, SinkClosed, SubmitError,
+    Choice, Clock, Engine, EngineConfig, EngineError, EngineHandle, EngineThread, Event, EventSink,
+    FakeRunner, FinishReason, Request, SinkClosed, SubmitError,
 };
 use model::{RunnerLimits, SampleParams};
 
@@ -90,7 +90,7 @@ fn submit(handle: &EngineHandle, request: Request) -> Result<Reader, SubmitError
     let (sender, events) = sync_channel(256);
     let alive = Arc::new(());
     let sink = ChannelSink { events: sender, reader: Arc::downgrade(&alive) };
-    handle.submit(request, vec![Box::new(sink)])?;
+    handle.submit(request, vec![Choice::free(Box::new(sink))])?;
     Ok(Reader { events, _alive: alive })
 }
 

@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
-use engine::Request;
+use engine::{Choice, Request};
 use futures_util::StreamExt;
 use futures_util::stream::SelectAll;
 use serde::Serialize;
@@ -184,7 +184,8 @@ fn submit(
         ChoiceStream::open(first_index + index, vocabulary, Arc::clone(&prompt), options, meter)
     };
     let (sinks, mut streams): (Vec<_>, Vec<_>) = (0..request.num_choices as usize).map(open).unzip();
-    state.engine.submit(request, sinks).map_err(|error| ApiError::submission(error, prompt_param))?;
+    let choices = sinks.into_iter().map(Choice::free).collect();
+    state.engine.submit(request, choices).map_err(|error| ApiError::submission(error, prompt_param))?;
     streams.iter_mut().for_each(ChoiceStream::accept);
     Ok(streams)
 }

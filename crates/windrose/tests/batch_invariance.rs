@@ -13,7 +13,7 @@ use backend::sampling::mix64;
 use backend::{Backend, Reference};
 use cpu::{Cpu, CpuOptions, Isa, KvFormat, WeightFormat};
 use cuda::{Cuda, CudaOptions, WeightFormat as GpuWeights};
-use engine::{Engine, EngineConfig, Event, EventSink, FinishReason, Request, SinkClosed};
+use engine::{Choice, Engine, EngineConfig, Event, EventSink, FinishReason, Request, SinkClosed};
 use model::{MixtralRunner, ModelConfig, ModelFiles, RunnerOptions, SampleParams, WeightSource};
 
 const MODELS: [&str; 3] = ["mixtral-8x2-gqa", "mixtral-16x3-sharded", "mistral-dense-window"];
@@ -113,7 +113,7 @@ fn run<B: Backend>(
     let mut receivers = Vec::new();
     for request in requests {
         let (senders, choices): (Vec<_>, Vec<_>) = (0..request.num_choices).map(|_| channel()).unzip();
-        let sinks = senders.into_iter().map(|sender| Box::new(ChannelSink(sender)) as Box<dyn EventSink>);
+        let sinks = senders.into_iter().map(|sender| Choice::free(Box::new(ChannelSink(sender))));
         handle.submit(request.clone(), sinks.collect()).unwrap();
         receivers.extend(choices);
     }

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::fake::FakeRunner;
-use crate::request::{Event, Request};
+use crate::request::{Choice, Event, Request};
 use crate::testing::{Reader, limits, request, sink};
 use model::ModelRunner;
 
@@ -26,8 +26,9 @@ impl Bench {
 
     fn submit(&mut self, request: Request) -> Vec<Reader> {
         let (sinks, readers): (Vec<_>, Vec<_>) = (0..request.num_choices).map(|_| sink()).unzip();
-        self.stats.accept(sinks.len(), request.prompt.len() * sinks.len());
-        self.scheduler.submit(Submission { request, sinks, submitted_at: self.now });
+        let choices: Vec<Choice> = sinks.into_iter().map(Choice::free).collect();
+        self.stats.accept(choices.len(), request.prompt.len() * choices.len());
+        self.scheduler.submit(Submission { request, choices, submitted_at: self.now });
         readers
     }
 

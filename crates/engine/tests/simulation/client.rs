@@ -3,8 +3,9 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use engine::{Event, EventSink, FinishReason, Request, SinkClosed};
+use engine::{Choice, Constraint, Event, EventSink, FinishReason, Request, SinkClosed};
 
+use crate::grammar::Grammar;
 use crate::oracle::Outcome;
 
 /// One choice, seen from outside.
@@ -12,6 +13,7 @@ use crate::oracle::Outcome;
 pub(crate) struct Client {
     pub(crate) request: Arc<Request>,
     pub(crate) choice: u32,
+    pub(crate) grammar: Option<Grammar>,
     pub(crate) submitted_at: Duration,
     state: Arc<Mutex<State>>,
 }
@@ -34,13 +36,23 @@ pub(crate) struct State {
 }
 
 impl Client {
-    pub(crate) fn new(request: Arc<Request>, choice: u32, submitted_at: Duration, capacity: usize) -> Self {
+    pub(crate) fn new(
+        request: Arc<Request>,
+        choice: u32,
+        grammar: Option<Grammar>,
+        submitted_at: Duration,
+        capacity: usize,
+    ) -> Self {
         let state = Arc::new(Mutex::new(State { capacity, ..State::default() }));
-        Self { request, choice, submitted_at, state }
+        Self { request, choice, grammar, submitted_at, state }
     }
 
-    pub(crate) fn sink(&self) -> Box<dyn EventSink> {
-        Box::new(Sink { state: Arc::clone(&self.state) })
+    /// What goes to the engine.
+    pub(crate) fn choice(&self) -> Choice {
+        let sink = Box::new(Sink { state: Arc::clone(&self.state) });
+        let constraint =
+            self.grammar.map(|grammar| Box::new(grammar.start(self.choice)) as Box<dyn Constraint>);
+        Choice { sink, constraint }
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {

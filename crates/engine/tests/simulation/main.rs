@@ -10,6 +10,7 @@
 //! `WINDROSE_SIMULATION_COUNT=100000` runs more of them.
 
 mod client;
+mod grammar;
 mod oracle;
 mod rng;
 mod scenario;

@@ -5,10 +5,11 @@ use std::time::Duration;
 use engine::{EngineConfig, FakeRunner, Request};
 use model::{RunnerLimits, SampleParams};
 
+use crate::grammar::Grammar;
 use crate::rng::Rng;
 
 pub(crate) const VOCAB_SIZE: usize = 24;
-const EOS: u32 = 1;
+pub(crate) const EOS: u32 = 1;
 
 /// The fixed parts of a world.
 pub(crate) struct Scenario {
@@ -76,6 +77,16 @@ impl Scenario {
             cache_salt: rng.pick(&[None, None, Some("a".to_owned()), Some("b".to_owned())]),
         }
     }
+}
+
+/// What bounds a request's choices, now and then.
+pub(crate) fn draw_grammar(rng: &mut Rng) -> Option<Grammar> {
+    let grammar = Grammar {
+        seed: rng.next(),
+        max_len: rng.pick(&[1, 4, 12, u32::MAX]),
+        fails_at: rng.pick(&[u32::MAX, u32::MAX, u32::MAX, 0, 5]),
+    };
+    rng.percent(35).then_some(grammar)
 }
 
 fn draw_limits(rng: &mut Rng) -> RunnerLimits {

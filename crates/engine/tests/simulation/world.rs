@@ -10,7 +10,7 @@ use model::{BackendError, Batch, ModelRunner, RunnerLimits, SampleRow, StepOutpu
 use crate::client::Client;
 use crate::oracle::run_alone;
 use crate::rng::Rng;
-use crate::scenario::Scenario;
+use crate::scenario::{Scenario, draw_grammar};
 
 /// Steps after which a world that has not ended is taken to be stuck.
 const MAX_STEPS: u64 = 50_000;
@@ -97,15 +97,16 @@ impl World {
     fn submit(&mut self) {
         let request = self.scenario.draw_request(&mut self.rng);
         let now = self.now();
+        let grammar = draw_grammar(&mut self.rng);
         let shared = Arc::new(request.clone());
         let new_client = |choice| {
             let capacity = if self.rng.percent(6) { self.rng.within(0..6) } else { usize::MAX };
-            Client::new(Arc::clone(&shared), choice, now, capacity)
+            Client::new(Arc::clone(&shared), choice, grammar, now, capacity)
         };
         let clients: Vec<Client> = (0..request.num_choices).map(new_client).collect();
-        let sinks = clients.iter().map(Client::sink).collect();
+        let choices = clients.iter().map(Client::choice).collect();
         let waiting = self.handle.stats().num_waiting;
-        match self.handle.submit(request, sinks) {
+        match self.handle.submit(request, choices) {
             Ok(()) => {
                 if waiting == 0 {
                     self.max_burst = self.max_burst.max(clients.len());
@@ -163,7 +164,7 @@ impl World {
         let clients = self.clients.lock().unwrap();
         let mut finished = [0; FinishReason::COUNT];
         for client in clients.iter() {
-            client.check(&run_alone(&self.scenario.runner, &client.request, client.choice));
+            client.check(&run_alone(&self.scenario.runner, client));
             finished[client.state().ends[0].index()] += 1;
         }
         self.check_secrecy(&clients);
