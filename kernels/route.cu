@@ -1,9 +1,14 @@
 // The router, in one launch: gate logits, top-k, softmax over the chosen, then all assignments grouped by expert.
 //
-//   topk_ids, topk_weights   [tokens, top_k]      heaviest first; weights sum to one
+//   topk_ids, topk_weights   [tokens, width]      heaviest first; weights sum to one; NONE and 0 in an empty entry
 //   expert_offsets           [experts + 1]        first row of each expert
-//   permutation              [tokens · top_k]     row -> assignment (token · top_k + rank), by expert, then by token
-//   rows                     [tokens · top_k]     assignment -> row, its inverse
+//   gate_sums                [experts]            sum of the weights of each expert's rows
+//   permutation              [tokens · width]     row -> assignment (token · width + rank), by expert, then by token;
+//                                                 0 behind the last row
+//   rows                     [tokens · width]     assignment -> row, its inverse; NONE for an empty entry
+//
+// The width is top_k, unless some tokens are steered: then it is the most experts that one of them may visit. A rule is
+// what backend/src/steering.rs makes of a request for one token and layer.
 //
 // One block per token computes its choice; the block that finishes last groups them all, one warp per expert: ballots
 // keep the order of tokens, so the result does not depend on which block that is. Counts never leave the device.
@@ -14,11 +19,13 @@
 constexpr int ROUTE_THREADS = 256;
 constexpr int ROUTE_WARPS = ROUTE_THREADS / WARP;
 constexpr int MAX_EXPERTS = 256;
+constexpr uint32_t NONE = 0xffffffffu;
 
 struct RoutingTables {
   uint32_t* topk_ids;
   float* topk_weights;
   uint32_t* expert_offsets;
+  float* gate_sums;
   uint32_t* permutation;
   uint32_t* rows;
   // Blocks that have made their choice; zero between launches.
@@ -29,7 +36,28 @@ struct RouteShape {
   int num_tokens;
   int num_experts;
   int top_k;
+  int width;
   int stride;
+};
+
+struct RouteRule {
+  uint64_t banned;
+  uint64_t forced;
+  uint32_t top_k;
+  float temperature;
+  uint32_t first_given;
+  uint32_t padding;
+};
+
+// The steered tokens of the step; no rows if there are none.
+struct StepSteering {
+  const uint32_t* token_rows;
+  // [rows, layers], from this layer on.
+  const RouteRule* rules;
+  const uint32_t* given_ids;
+  const float* given_weights;
+  int num_token_rows;
+  int num_layers;
 };
 
 // x · w over a padded row, in an order that depends on its width alone; every lane gets the sum.
@@ -48,27 +76,75 @@ DEVICE float warp_dot(const bf16* x, const bf16* w, int stride) {
   return warp_sum(sum);
 }
 
-// The `top_k` largest logits, the lower id on a tie; the logits are used up.
-DEVICE void choose_experts(float* logits, int token, RouteShape shape, RoutingTables tables) {
-  uint32_t* ids = tables.topk_ids + token * shape.top_k;
-  float* weights = tables.topk_weights + token * shape.top_k;
-  float largest = 0.0f, sum = 0.0f;
-  for (int rank = 0; rank < shape.top_k; rank++) {
-    int best = -1;
-    for (int expert = 0; expert < shape.num_experts; expert++) {
-      // A NaN marks an expert already taken: it compares false with everything.
-      bool open = logits[expert] == logits[expert];
-      if (open && (best < 0 || logits[expert] > logits[best])) best = expert;
-    }
-    // Logits that are all NaN choose the first experts: the row's logits will tell, nothing may fault here.
-    if (best < 0) best = rank;
-    if (rank == 0) largest = logits[best];
-    weights[rank] = expf(logits[best] - largest);
+// A set of experts, one bit each. In shared memory, for its words are indexed, which registers cannot be.
+struct ExpertSet {
+  uint64_t words[MAX_EXPERTS / 64];
+};
+
+// The largest logit's expert in a set, the lower id on a tie.
+DEVICE int largest(const float* logits, const ExpertSet* open, int num_experts) {
+  int best = -1;
+  for (int expert = 0; expert < num_experts; expert++) {
+    bool is_open = open->words[expert / 64] >> expert % 64 & 1;
+    if (is_open && (best < 0 || logits[expert] > logits[best])) best = expert;
+  }
+  return best;
+}
+
+// The `count` largest of the open experts, heaviest first, with the softmax over their logits.
+DEVICE void choose(const float* logits, ExpertSet* open, int count, float temperature, int num_experts, uint32_t* ids,
+                   float* weights) {
+  float max = 0.0f, sum = 0.0f;
+  for (int rank = 0; rank < count; rank++) {
+    int best = largest(logits, open, num_experts);
+    if (rank == 0) max = logits[best];
+    weights[rank] = expf((logits[best] - max) / temperature);
     sum += weights[rank];
     ids[rank] = best;
-    logits[best] = __uint_as_float(0x7fffffffu);
+    open->words[best / 64] &= ~(1ull << best % 64);
   }
-  for (int rank = 0; rank < shape.top_k; rank++) weights[rank] /= sum;
+  for (int rank = 0; rank < count; rank++) weights[rank] /= sum;
+}
+
+// The experts that a rule chooses, one bit each: those it forces, then the largest that it leaves open.
+DEVICE uint64_t chosen_experts(const float* logits, const RouteRule& rule, ExpertSet* open, int num_experts) {
+  uint64_t chosen = rule.forced;
+  while (__popcll(chosen) < static_cast<int>(rule.top_k)) {
+    open->words[0] = ~(chosen | rule.banned);
+    chosen |= 1ull << largest(logits, open, num_experts);
+  }
+  return chosen;
+}
+
+// One token's experts and weights.
+DEVICE void choose_experts(const float* logits, ExpertSet* open, int token, RouteShape shape, RoutingTables tables,
+                           StepSteering steering) {
+  uint32_t* ids = tables.topk_ids + token * shape.width;
+  float* weights = tables.topk_weights + token * shape.width;
+  uint32_t row = token < steering.num_token_rows ? steering.token_rows[token] : NONE;
+  int count = shape.top_k;
+  if (row == NONE) {
+    for (uint64_t& word : open->words) word = ~0ull;
+    choose(logits, open, count, 1.0f, shape.num_experts, ids, weights);
+  } else {
+    RouteRule rule = steering.rules[static_cast<int64_t>(row) * steering.num_layers];
+    count = rule.top_k;
+    if (rule.first_given == NONE) {
+      // A model with more experts than a word has bits is not steered.
+      open->words[0] = chosen_experts(logits, rule, open, shape.num_experts);
+      choose(logits, open, count, rule.temperature, shape.num_experts, ids, weights);
+    } else {
+      for (int rank = 0; rank < count; rank++) {
+        ids[rank] = steering.given_ids[rule.first_given + rank];
+        weights[rank] = steering.given_weights[rule.first_given + rank];
+      }
+    }
+  }
+  for (int rank = count; rank < shape.width; rank++) {
+    ids[rank] = NONE;
+    weights[rank] = 0.0f;
+    tables.rows[token * shape.width + rank] = NONE;
+  }
 }
 
 DEVICE uint32_t lanes_with(const uint32_t* topk_ids, int first, int num_assignments, int expert) {
@@ -79,7 +155,7 @@ DEVICE uint32_t lanes_with(const uint32_t* topk_ids, int first, int num_assignme
 
 DEVICE void group_by_expert(uint32_t* counts, RouteShape shape, RoutingTables tables) {
   int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-  int num_assignments = shape.num_tokens * shape.top_k;
+  int num_assignments = shape.num_tokens * shape.width;
   for (int expert = warp; expert < shape.num_experts; expert += ROUTE_WARPS) {
     uint32_t count = 0;
     for (int first = 0; first < num_assignments; first += WARP) {
@@ -90,6 +166,7 @@ DEVICE void group_by_expert(uint32_t* counts, RouteShape shape, RoutingTables ta
   __syncthreads();
   for (int expert = warp; expert < shape.num_experts; expert += ROUTE_WARPS) {
     uint32_t next_row = 0;
+    float gate_sum = 0.0f;
     for (int other = 0; other < expert; other++) next_row += counts[other];
     if (lane == 0) {
       tables.expert_offsets[expert] = next_row;
@@ -101,15 +178,24 @@ DEVICE void group_by_expert(uint32_t* counts, RouteShape shape, RoutingTables ta
         uint32_t row = next_row + __popc(here & ((1u << lane) - 1));
         tables.permutation[row] = first + lane;
         tables.rows[first + lane] = row;
+        gate_sum += __ldcg(tables.topk_weights + first + lane);
       }
       next_row += __popc(here);
     }
+    gate_sum = warp_sum(gate_sum);
+    if (lane == 0) tables.gate_sums[expert] = gate_sum;
   }
+  // Launches cover all entries, so what stands behind the last row has to be an assignment too.
+  uint32_t num_rows = 0;
+  for (int expert = 0; expert < shape.num_experts; expert++) num_rows += counts[expert];
+  for (int row = num_rows + threadIdx.x; row < num_assignments; row += ROUTE_THREADS) tables.permutation[row] = 0;
 }
 
-KERNEL(ROUTE_THREADS, route)(const bf16* x, const bf16* router, RoutingTables tables, RouteShape shape) {
+KERNEL(ROUTE_THREADS, route)(const bf16* x, const bf16* router, RoutingTables tables, RouteShape shape,
+                             StepSteering steering) {
   __shared__ float logits[MAX_EXPERTS];
   __shared__ uint32_t counts[MAX_EXPERTS];
+  __shared__ ExpertSet open;
   __shared__ bool is_last;
   int token = blockIdx.x;
   // A launch without tokens still has a block, which writes the empty groups.
@@ -125,7 +211,7 @@ KERNEL(ROUTE_THREADS, route)(const bf16* x, const bf16* router, RoutingTables ta
     __syncthreads();
   }
   if (threadIdx.x == 0) {
-    if (token < shape.num_tokens) choose_experts(logits, token, shape, tables);
+    if (token < shape.num_tokens) choose_experts(logits, &open, token, shape, tables, steering);
     __threadfence();
     is_last = atomicAdd(tables.finished_blocks, 1u) == gridDim.x - 1;
     __threadfence();

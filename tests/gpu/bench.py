@@ -55,7 +55,7 @@ class ExpertLayer:
         self.launch, self.gate_up_weights, self.down_weights = launch, gate_up, down
         self.x = bf16(num_tokens, HIDDEN)
         tables = launch.route(self.x, router)
-        _, self.weights, self.offsets, self.permutation, self.rows, _ = tables
+        _, self.weights, self.offsets, _, self.permutation, self.rows, _ = tables
         num_rows = num_tokens * TOP_K
         self.is_quantized = isinstance(gate_up, Quantized)
         if self.is_quantized:

@@ -152,7 +152,7 @@ class Checks:
         for tokens in (1, 33, 500):
             x, router = bf16(tokens, HIDDEN), bf16(EXPERTS, HIDDEN)
             for _ in range(2):
-                ids, weights, offsets, permutation, rows, _ = self.launch.route(x, router)
+                ids, weights, offsets, sums, permutation, rows, _ = self.launch.route(x, router)
             logits = x.double() @ router.double().T
             top = logits.topk(TOP_K, dim=1)
             self.expect_equal(f"route {tokens}: experts", ids, top.indices.int())
@@ -163,6 +163,8 @@ class Checks:
             self.expect_equal(f"route {tokens}: inverse", rows[order.long()], in_order)
             counts = torch.bincount(ids.flatten(), minlength=EXPERTS).cumsum(0).int()
             self.expect_equal(f"route {tokens}: offsets", offsets[1:], counts)
+            gates = torch.zeros(len(sums), device="cuda").index_add_(0, ids.flatten(), weights.flatten())
+            self.expect(f"route {tokens}: gate sums", error(sums, gates), 1e-5)
 
     def check_sample(self):
         logits = 3 * torch.randn(9, 32000, device="cuda")

@@ -35,12 +35,27 @@ class NormShape(ctypes.Structure):
 class RoutingTables(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_void_p)
-        for name in ("topk_ids", "topk_weights", "expert_offsets", "permutation", "rows", "finished_blocks")
+        for name in (
+            "topk_ids",
+            "topk_weights",
+            "expert_offsets",
+            "gate_sums",
+            "permutation",
+            "rows",
+            "finished_blocks",
+        )
     ]
 
 
 class RouteShape(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int) for name in ("num_tokens", "num_experts", "top_k", "stride")]
+    _fields_ = [(name, ctypes.c_int) for name in ("num_tokens", "num_experts", "top_k", "width", "stride")]
+
+
+class StepSteering(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("token_rows", "rules", "given_ids", "given_weights")),
+        *((name, ctypes.c_int) for name in ("num_token_rows", "num_layers")),
+    ]
 
 
 class KvShape(ctypes.Structure):
@@ -242,13 +257,15 @@ class Launcher:
             int32([0] * tokens * TOP_K).view(tokens, TOP_K),
             torch.zeros(tokens, TOP_K, device="cuda"),
             int32([0] * (experts + 1)),
+            torch.zeros(experts, device="cuda"),
             int32([0] * tokens * TOP_K),
             int32([0] * tokens * TOP_K),
             int32([0]),
         ]
         pointers = RoutingTables(*(table.data_ptr() for table in tables))
-        shape = RouteShape(tokens, experts, TOP_K, x.shape[1])
-        self.kernels.launch("route", max(tokens, 1), 256, [x, router, pointers, shape])
+        shape = RouteShape(tokens, experts, TOP_K, TOP_K, x.shape[1])
+        arguments = [x, router, pointers, shape, StepSteering()]
+        self.kernels.launch("route", max(tokens, 1), 256, arguments)
         return tables
 
     def attend(self, q, cache, table, position, heads, kv_heads, head_dim, window, split):

@@ -11,10 +11,12 @@
 //! positions        0  1  2  3  | 18 | 128 129
 //! ```
 
+use crate::steering::{Steering, StepSteering};
+
 /// The tokens of one step, token-major, sequences one after another.
 ///
 /// All lengths are in tokens. The padding block of the cache is block 0; no sequence owns it.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq)]
 pub struct Batch {
     /// `[num_tokens]` token ids.
     pub token_ids: Vec<u32>,
@@ -32,6 +34,10 @@ pub struct Batch {
     pub block_table_start_loc: Vec<u32>,
     /// `[num_logits]` indices of the tokens whose logits are wanted, ascending, each once.
     pub logits_indices: Vec<u32>,
+    /// The tokens whose routing is steered.
+    pub steering: StepSteering,
+    /// The choices of all routers are wanted, for all tokens in all layers.
+    pub records_routing: bool,
 }
 
 impl Clone for Batch {
@@ -51,6 +57,8 @@ impl Clone for Batch {
         self.block_tables.clone_from(&source.block_tables);
         self.block_table_start_loc.clone_from(&source.block_table_start_loc);
         self.logits_indices.clone_from(&source.logits_indices);
+        self.steering.clone_from(&source.steering);
+        self.records_routing = source.records_routing;
     }
 }
 
@@ -66,6 +74,10 @@ pub struct StepShape {
     pub num_seqs: usize,
     /// Rows of the verbs after `gather_rows`.
     pub num_logits: usize,
+    /// Most experts that a token visits in a layer, if some tokens are steered; 0 if none is.
+    pub steered_experts_per_token: usize,
+    /// The last layer routes all tokens, and not only those whose logits are wanted.
+    pub routes_all_tokens: bool,
 }
 
 impl Batch {
@@ -84,6 +96,8 @@ impl Batch {
         self.block_tables.clear();
         self.block_table_start_loc.truncate(1);
         self.logits_indices.clear();
+        self.steering.clear();
+        self.records_routing = false;
     }
 
     /// Appends one sequence's chunk: `tokens` follow the `num_computed_tokens` that the cache already holds.
@@ -113,6 +127,12 @@ impl Batch {
         self.block_table_start_loc.push(self.block_tables.len() as u32);
     }
 
+    /// Steers the routing of the sequence that was pushed last.
+    pub fn steer_last_sequence(&mut self, steering: &Steering) {
+        let query = self.query_range(self.num_seqs() - 1);
+        self.steering.push(steering, query.start, &self.positions[query]);
+    }
+
     /// Number of tokens in the batch.
     pub fn num_tokens(&self) -> usize {
         self.token_ids.len()
@@ -129,6 +149,10 @@ impl Batch {
             num_tokens: self.num_tokens(),
             num_seqs: self.num_seqs(),
             num_logits: self.logits_indices.len(),
+            steered_experts_per_token: self.steering.experts_per_token,
+            // Where all logits are wanted there is no difference.
+            routes_all_tokens: (self.records_routing || !self.steering.is_empty())
+                && self.logits_indices.len() < self.num_tokens(),
         }
     }
 

@@ -4,6 +4,8 @@
 //!
 //! A backend's own test calls [`check_all`]. A failure panics with the verb, the case and the first bad value.
 
+mod steering;
+
 use bytes::Bytes;
 use half::bf16;
 
@@ -48,6 +50,7 @@ pub fn check_all_quantised<B: Backend>(new: impl Fn() -> B, quantisation: Quanti
     check_embed_and_gather(&mut new());
     check_route(&mut new());
     check_experts(&mut new(), quantisation.products);
+    steering::check_steering(&mut new(), quantisation.products);
     check_attention(&mut new(), quantisation.attention);
     check_attention_is_independent_of_chunking(&mut new());
     check_sample(&mut new());
@@ -247,7 +250,7 @@ fn route<B: Backend>(
     let router = router.map(|router| backend.matrix(std::slice::from_ref(router), MatrixUse::Exact).unwrap());
     let mut routing = backend.routing(tokens, shape).unwrap();
     run_step(backend, &fresh_batch(&vec![1; tokens], 4, 8), |backend| {
-        backend.route(&x, router.as_ref(), &mut routing, tokens);
+        backend.route(&x, router.as_ref(), &mut routing, 0, tokens);
     });
     backend.read_routing(&routing)
 }
@@ -318,7 +321,7 @@ impl ExpertsCase {
         let mut act = backend.tensor(tokens * self.shape.top_k, self.ffn, DType::Bf16).unwrap();
         let mut out = backend.tensor(tokens, self.hidden, DType::F32).unwrap();
         run_step(backend, &fresh_batch(&vec![1; tokens], 4, 8), |backend| {
-            backend.route(&x, Some(&router), &mut routing, rows);
+            backend.route(&x, Some(&router), &mut routing, 0, rows);
             backend.experts_gate_up(&x, &experts, &routing, &mut act);
             backend.experts_down(&act, &experts, &routing, &mut out);
         });

@@ -17,13 +17,15 @@ pub mod reference;
 mod rope;
 mod routing;
 pub mod sampling;
+pub mod steering;
 mod verbs;
 mod weights;
 
 pub use batch::{Batch, StepShape};
 pub use reference::Reference;
 pub use rope::RopeTable;
-pub use routing::Routing;
+pub use routing::{ExpertLoad, LayerChoices, Routing};
 pub use sampling::{NonFiniteLogits, SampleParams, SampleRow, Sampled, TokenLogprob};
+pub use steering::{LayerSteering, RouteRule, RoutingRecord, Steering, StepSteering};
 pub use verbs::{AttentionShape, Backend, BackendError, DType, ExpertsView, MatrixUse, RouteShape};
 pub use weights::{WeightData, WeightType, WeightView, dummy_value};

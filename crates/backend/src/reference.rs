@@ -238,21 +238,26 @@ impl Backend for Reference {
         }
     }
 
-    fn route(&mut self, x: &Tensor, router: Option<&Matrix>, routing: &mut Routing, rows: usize) {
-        routing.clear();
-        for row in 0..rows {
-            match router {
-                Some(router) => routing.push_token(&router.apply(x.row(row)).collect::<Vec<_>>()),
-                None => routing.push_token(&[0.0]),
-            }
-        }
-        routing.group_by_expert();
+    fn route(
+        &mut self,
+        x: &Tensor,
+        router: Option<&Matrix>,
+        routing: &mut Routing,
+        layer: usize,
+        rows: usize,
+    ) {
+        let logits = |row| match router {
+            Some(router) => router.apply(x.row(row)).collect(),
+            None => vec![0.0],
+        };
+        let logits: Vec<Vec<f32>> = (0..rows).map(logits).collect();
+        routing.route(logits.iter().map(Vec::as_slice), &self.batch.steering, layer);
     }
 
     fn experts_gate_up(&mut self, x: &Tensor, experts: &Experts, routing: &Routing, act: &mut Tensor) {
         for expert in 0..routing.num_experts() {
             for row in routing.expert_range(expert) {
-                let x = x.row(routing.permutation[row] as usize / routing.top_k);
+                let x = x.row(routing.permutation[row] as usize / routing.width);
                 let gate = experts.gate[expert].apply(x);
                 let up = experts.up[expert].apply(x);
                 act.set_row(row, gate.zip(up).map(|(gate, up)| silu(gate) * up));
@@ -267,7 +272,7 @@ impl Backend for Reference {
             for row in routing.expert_range(expert) {
                 let assignment = routing.permutation[row] as usize;
                 let weight = routing.topk_weights[assignment];
-                let token_row = assignment / routing.top_k * out.features;
+                let token_row = assignment / routing.width * out.features;
                 let down = experts.down[expert].apply(act.row(row));
                 out.values[token_row..].iter_mut().zip(down).for_each(|(out, x)| *out += weight * x);
             }

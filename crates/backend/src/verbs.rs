@@ -18,7 +18,10 @@
 
 use thiserror::Error;
 
-use crate::{Batch, NonFiniteLogits, RopeTable, Routing, SampleRow, Sampled, StepShape, WeightView};
+use crate::{
+    Batch, ExpertLoad, LayerChoices, NonFiniteLogits, RopeTable, Routing, SampleRow, Sampled, StepShape,
+    WeightView,
+};
 
 /// Element type of an activation tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -164,7 +167,7 @@ pub trait Backend: Send + 'static {
         block_size: usize,
     ) -> Result<Self::KvCache, BackendError>;
 
-    /// Allocates one layer's routing for up to `max_tokens` tokens.
+    /// Allocates one layer's routing for up to `max_tokens` tokens, or fewer that have more entries each.
     fn routing(&mut self, max_tokens: usize, shape: RouteShape) -> Result<Self::Routing, BackendError>;
 
     /// Copies f32 rows into a tensor, rounding to its dtype. For tests and tools, never within a step.
@@ -240,20 +243,23 @@ pub trait Backend: Send + 'static {
     /// Source: Attention Is All You Need (arXiv 1706.03762), GQA (2305.13245), paging (2309.06180).
     fn attention(&mut self, q: &Self::Tensor, kv: &Self::KvCache, out: &mut Self::Tensor);
 
-    /// Routes every row: `Routing::push_token` on the f32 logits `x · routerᵀ`, then `group_by_expert`.
+    /// Routes every row of layer `layer`: [`Routing::route`] on the f32 logits `x · routerᵀ`, under the batch's
+    /// steering.
     ///
     /// `router` is `[num_experts, hidden]`, made for [`MatrixUse::Exact`]. With `None` the layer is dense: every
-    /// row goes to expert 0 with weight 1. The experts then work on as many tokens as were routed here.
+    /// row goes to expert 0 with weight 1. The experts then work on as many tokens as were routed here. In a step with
+    /// steered tokens the rows are all its tokens.
     fn route(
         &mut self,
         x: &Self::Tensor,
         router: Option<&Self::Matrix>,
         routing: &mut Self::Routing,
+        layer: usize,
         rows: usize,
     );
 
     /// `act[r] = silu(gate_e · x_t) * (up_e · x_t)` for every row `r` of the permutation, token `t` on expert
-    /// `e`; `x` bf16 `[tokens, hidden]`, products f32, `act` bf16 `[tokens × top_k, ffn]` in permutation order.
+    /// `e`; `x` bf16 `[tokens, hidden]`, products f32, `act` bf16 `[tokens × width, ffn]` in permutation order.
     ///
     /// Source: SwiGLU, GLU Variants Improve Transformer (arXiv 2002.05202).
     fn experts_gate_up(
@@ -265,7 +271,7 @@ pub trait Backend: Send + 'static {
     );
 
     /// `out[t] = Σ_e weight(t, e) · (down_e · act[row(t, e)])`, summed over the token's experts by ascending
-    /// id; `act` bf16 `[tokens × top_k, ffn]` in permutation order, `out` f32 `[tokens, hidden]`.
+    /// id; `act` bf16 `[tokens × width, ffn]` in permutation order, `out` f32 `[tokens, hidden]`.
     fn experts_down(
         &mut self,
         act: &Self::Tensor,
@@ -291,11 +297,22 @@ pub trait Backend: Send + 'static {
     /// Reads a layer's routing of the step just finished.
     fn read_routing(&mut self, routing: &Self::Routing) -> Routing;
 
-    /// Adds the step's tokens per expert of one layer to `counts` `[num_experts]`.
-    fn count_expert_tokens(&mut self, routing: &Self::Routing, counts: &mut [u64]) {
+    /// Reads the experts and weights of all tokens of the step just finished, a layer each: `topk_ids` and
+    /// `topk_weights` of its [`Routing`], which are all that a record needs.
+    fn read_choices(&mut self, routings: &[Self::Routing]) -> Vec<LayerChoices> {
+        let read = |routing| {
+            let Routing { width, topk_ids, topk_weights, .. } = self.read_routing(routing);
+            LayerChoices { width, ids: topk_ids, weights: topk_weights }
+        };
+        routings.iter().map(read).collect()
+    }
+
+    /// Adds the step's tokens per expert of one layer, and the sums of their gate weights, to `loads`
+    /// `[num_experts]`.
+    fn add_expert_loads(&mut self, routing: &Self::Routing, loads: &mut [ExpertLoad]) {
         let routing = self.read_routing(routing);
-        for (expert, count) in counts.iter_mut().enumerate() {
-            *count += routing.expert_range(expert).len() as u64;
+        for (expert, load) in loads.iter_mut().enumerate() {
+            *load += routing.load(expert);
         }
     }
 }

@@ -160,7 +160,7 @@ impl Layer {
         cpu.attention(&self.q, &self.kv, &mut self.attended);
         cpu.linear(&self.attended, &self.output, &mut self.delta, rows);
         cpu.add_rms_norm(&mut self.residual, &self.delta, &self.norm, 1e-5, &mut self.normed, rows);
-        cpu.route(&self.normed, Some(&self.router), &mut self.routing, rows);
+        cpu.route(&self.normed, Some(&self.router), &mut self.routing, 0, rows);
         cpu.experts_gate_up(&self.normed, &self.experts, &self.routing, &mut self.act);
         cpu.experts_down(&self.act, &self.experts, &self.routing, &mut self.delta);
         cpu.finish_step().unwrap();

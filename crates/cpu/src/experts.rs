@@ -70,7 +70,7 @@ impl Kernel for Down<'_> {
                 for (token, col, sums) in sums.iter() {
                     let assignment = self.routing.permutation[first + token] as usize;
                     let weight = self.routing.topk_weights[assignment];
-                    let out = self.out.row(assignment / self.routing.top_k)[col..].iter_mut().zip(sums);
+                    let out = self.out.row(assignment / self.routing.width)[col..].iter_mut().zip(sums);
                     out.for_each(|(out, &sum)| *out += weight * sum);
                 }
             }

@@ -34,8 +34,8 @@ use std::sync::mpsc::Receiver;
 
 use backend::sampling::sample_row;
 use backend::{
-    AttentionShape, Backend, BackendError, Batch, DType, ExpertsView, MatrixUse, NonFiniteLogits, RopeTable,
-    RouteShape, SampleRow, Sampled, StepShape, WeightView,
+    AttentionShape, Backend, BackendError, Batch, DType, ExpertLoad, ExpertsView, MatrixUse, NonFiniteLogits,
+    RopeTable, RouteShape, SampleRow, Sampled, StepShape, WeightView,
 };
 use bytes::Bytes;
 use half::bf16;
@@ -368,14 +368,19 @@ impl Backend for Cpu {
         team.for_each(grid, |out| isa.run(Attention { inputs, out }));
     }
 
-    fn route(&mut self, x: &Tensor, router: Option<&Matrix>, routing: &mut Routing, rows: usize) {
+    fn route(
+        &mut self,
+        x: &Tensor,
+        router: Option<&Matrix>,
+        routing: &mut Routing,
+        layer: usize,
+        rows: usize,
+    ) {
         if let Some(router) = router {
             self.linear(x, router, &mut routing.logits, rows);
         }
         let logits = routing.logits.f32();
-        routing.routing.clear();
-        (0..rows).for_each(|row| routing.routing.push_token(logits.row(row)));
-        routing.routing.group_by_expert();
+        routing.routing.route((0..rows).map(|row| logits.row(row)), &self.batch.steering, layer);
     }
 
     fn experts_gate_up(&mut self, x: &Tensor, experts: &Experts, routing: &Routing, act: &mut Tensor) {
@@ -428,6 +433,12 @@ impl Backend for Cpu {
 
     fn read_routing(&mut self, routing: &Routing) -> backend::Routing {
         routing.routing.clone()
+    }
+
+    fn add_expert_loads(&mut self, routing: &Routing, loads: &mut [ExpertLoad]) {
+        for (expert, load) in loads.iter_mut().enumerate() {
+            *load += routing.routing.load(expert);
+        }
     }
 }
 

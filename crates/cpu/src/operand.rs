@@ -39,7 +39,7 @@ impl<'a> Order<'a> {
     pub(crate) fn source(self, row: usize) -> usize {
         match self {
             Self::Given => row,
-            Self::Gathered(routing) => routing.permutation[row] as usize / routing.top_k,
+            Self::Gathered(routing) => routing.permutation[row] as usize / routing.width,
         }
     }
 }

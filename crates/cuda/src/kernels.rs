@@ -151,6 +151,7 @@ arguments!(
     NormShape,
     RoutingTables,
     RouteArguments,
+    SteeringArguments,
     KvArguments,
     AttentionArguments,
     RowStrides,
@@ -192,6 +193,7 @@ pub(crate) struct RoutingTables {
     pub(crate) topk_ids: u64,
     pub(crate) topk_weights: u64,
     pub(crate) expert_offsets: u64,
+    pub(crate) gate_sums: u64,
     pub(crate) permutation: u64,
     pub(crate) rows: u64,
     pub(crate) finished_blocks: u64,
@@ -203,7 +205,31 @@ pub(crate) struct RouteArguments {
     pub(crate) num_tokens: i32,
     pub(crate) num_experts: i32,
     pub(crate) top_k: i32,
+    pub(crate) width: i32,
     pub(crate) stride: i32,
+}
+
+/// `RouteRule` of `route.cu`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+pub(crate) struct RuleArguments {
+    pub(crate) banned: u64,
+    pub(crate) forced: u64,
+    pub(crate) top_k: u32,
+    pub(crate) temperature: f32,
+    pub(crate) first_given: u32,
+    pub(crate) padding: u32,
+}
+
+/// `StepSteering` of `route.cu`.
+#[repr(C)]
+pub(crate) struct SteeringArguments {
+    pub(crate) token_rows: u64,
+    pub(crate) rules: u64,
+    pub(crate) given_ids: u64,
+    pub(crate) given_weights: u64,
+    pub(crate) num_token_rows: i32,
+    pub(crate) num_layers: i32,
 }
 
 /// `KvShape` of `kv_cache.cuh`.

@@ -22,8 +22,8 @@ mod weights;
 use std::path::PathBuf;
 
 use backend::{
-    AttentionShape, Backend, BackendError, Batch, DType, ExpertsView, MatrixUse, NonFiniteLogits, RopeTable,
-    RouteShape, SampleRow, Sampled, StepShape, WeightView,
+    AttentionShape, Backend, BackendError, Batch, DType, ExpertLoad, ExpertsView, LayerChoices, MatrixUse,
+    NonFiniteLogits, RopeTable, RouteShape, SampleRow, Sampled, StepShape, WeightView,
 };
 use half::bf16;
 
@@ -49,7 +49,7 @@ const MAX_HEAD: usize = 128;
 const MAX_EXPERTS: usize = 256;
 const MAX_TOP_K: usize = 64;
 /// Numbers that the offsets of all layers' experts may take: 128 layers of 256 experts twice over.
-const MAX_OFFSETS: usize = 1 << 16;
+const MAX_COUNTS: usize = 1 << 16;
 /// Sweeps over memory, of which the fastest counts.
 const SWEEPS: usize = 5;
 /// A window that no context reaches.
@@ -87,11 +87,13 @@ pub struct Cuda {
     /// What products with e4m3 weights take; nothing is reserved for others.
     quantized: QuantizedRows,
     weights: WeightFormat,
-    /// Of all layers, so that a step reads them at once.
-    offsets: Buffer,
-    num_offsets: usize,
-    host_offsets: Vec<u32>,
+    /// Where experts' rows begin, and what their gate weights sum to: of all layers, so that a step reads them at once.
+    counts: Buffer,
+    num_counts: usize,
+    host_counts: Vec<u32>,
     batch_logits: usize,
+    /// Most experts that a token of the step visits in a layer, if some are steered; else 0.
+    steered_width: usize,
     sampler: Sampler,
     /// What kept a verb from being launched, until the step is finished.
     failure: Option<BackendError>,
@@ -133,7 +135,7 @@ impl Cuda {
             return Err(BackendError::Unsupported(format!("{} does not multiply fp8", info.name)));
         }
         let mut device = Device::open(&info, options.kernel_cache.as_deref())?;
-        let offsets = device.allocate("offsets of experts", MAX_OFFSETS * size_of::<u32>())?;
+        let counts = device.allocate("offsets of experts", MAX_COUNTS * size_of::<u32>())?;
         Ok(Self {
             info,
             device,
@@ -146,10 +148,11 @@ impl Cuda {
             experts_scratch: ExpertsScratch::default(),
             quantized: QuantizedRows::default(),
             weights: options.weights,
-            offsets,
-            num_offsets: 0,
-            host_offsets: Vec::new(),
+            counts,
+            num_counts: 0,
+            host_counts: Vec::new(),
             batch_logits: 0,
+            steered_width: 0,
             sampler: Sampler::default(),
             failure: None,
         })
@@ -206,7 +209,8 @@ impl Cuda {
     /// What a recording of this step would depend on; `None` if it is not worth one, as a step with prompts in it, whose
     /// launches are long enough and whose shape will hardly come back.
     fn recorded_shape(&self, shape: StepShape) -> Option<RecordedShape> {
-        let decodes = shape.num_tokens == shape.num_logits && shape.num_tokens > 0;
+        let is_steered = shape.steered_experts_per_token > 0;
+        let decodes = shape.num_tokens == shape.num_logits && shape.num_tokens > 0 && !is_steered;
         (self.graphs.is_some() && decodes).then(|| RecordedShape {
             num_tokens: shape.num_tokens,
             num_items: self.plan.items.len(),
@@ -248,12 +252,12 @@ impl Cuda {
     fn grouped_operand(&mut self, weight: &Matrix, x: &Tensor, routing: &Routing) -> Rows {
         let (from, permutation) = (x.rows(routing.num_tokens, DType::Bf16), routing.table(2));
         if weight.scales.is_some() {
-            let indices = Some((permutation, routing.top_k));
+            let indices = Some((permutation, routing.width));
             let source = Source { x: from, features: x.features, stride: x.stride, indices };
             return Rows::quantized(self.quantized.launch(&mut self.device, source, routing.num_rows()));
         }
         let permuted = self.experts_scratch.permuted.as_ref().expect("experts and routing were made").address;
-        let (divisor, row_quads) = (routing.top_k as i32, (x.stride * size_of::<bf16>() / 16) as i32);
+        let (divisor, row_quads) = (routing.width as i32, (x.stride * size_of::<bf16>() / 16) as i32);
         let gather = Grid::new(routing.num_rows(), 128);
         self.device.launch("gather_rows", gather, &[&from, &permutation, &divisor, &permuted, &row_quads]);
         Rows::bf16(permuted, self.experts_scratch.max_rows)
@@ -265,8 +269,21 @@ impl Cuda {
         (shape, (x.stride * size_of::<f32>()) as u32)
     }
 
+    /// The experts and weights of all tokens of a layer.
+    fn read_layer(&mut self, routing: &Routing) -> LayerChoices {
+        // The handle knows its tokens only if the step was not a replay; a replayed step has no empty entries.
+        let (num_entries, width) = match self.steered_width {
+            0 => (self.host_counts[routing.first_count + routing.num_experts] as usize, routing.top_k),
+            _ => (routing.num_rows(), routing.width),
+        };
+        let (mut ids, mut weights) = (vec![0; num_entries], vec![0.0; num_entries]);
+        self.device.read(&routing.tables, 0, &mut ids);
+        self.device.read(&routing.tables, routing.table_bytes(), &mut weights);
+        LayerChoices { width, ids, weights }
+    }
+
     fn offsets_of(&self, routing: &Routing) -> u64 {
-        self.offsets.address + (routing.first_offset * size_of::<u32>()) as u64
+        self.counts.address + (routing.first_count * size_of::<u32>()) as u64
     }
 }
 
@@ -377,16 +394,17 @@ impl Backend for Cuda {
                 "{num_experts} experts, {top_k} per token: {limits}"
             )));
         }
-        let first_offset = self.num_offsets;
-        self.num_offsets += num_experts + 1;
-        if self.num_offsets > MAX_OFFSETS {
+        let first_count = self.num_counts;
+        self.num_counts += 2 * num_experts + 1;
+        if self.num_counts > MAX_COUNTS {
             return Err(BackendError::Unsupported(format!(
-                "{MAX_OFFSETS} or more experts in all layers together"
+                "{} or more experts in all layers together",
+                MAX_COUNTS / 2
             )));
         }
         self.reserve_experts(max_tokens * top_k, 0)?;
         let tables = self.device.allocate("routing", (4 * max_tokens * top_k + 1) * size_of::<u32>())?;
-        Ok(Routing { tables, max_tokens, num_experts, top_k, first_offset, num_tokens: 0 })
+        Ok(Routing { tables, max_tokens, num_experts, top_k, first_count, num_tokens: 0, width: top_k })
     }
 
     fn upload(&mut self, tensor: &mut Tensor, values: &[f32]) {
@@ -427,6 +445,7 @@ impl Backend for Cuda {
             None => self.plan = Plan::default(),
         }
         self.batch_logits = batch.logits_indices.len();
+        self.steered_width = batch.steering.experts_per_token;
         self.step.write(&mut self.device, batch, &self.plan)?;
         Ok(batch.shape())
     }
@@ -555,13 +574,23 @@ impl Backend for Cuda {
         self.device.launch("attention_fold", folds, &[&sections.folds, &softmax, &output, &shape, &to]);
     }
 
-    fn route(&mut self, x: &Tensor, router: Option<&Matrix>, routing: &mut Routing, rows: usize) {
-        assert!(rows <= routing.max_tokens);
+    fn route(
+        &mut self,
+        x: &Tensor,
+        router: Option<&Matrix>,
+        routing: &mut Routing,
+        layer: usize,
+        rows: usize,
+    ) {
         routing.num_tokens = rows;
+        routing.width = self.steered_width.max(routing.top_k);
+        assert!(routing.num_rows() <= routing.max_tokens * routing.top_k);
+        let expert_offsets = self.offsets_of(routing);
         let tables = RoutingTables {
             topk_ids: routing.table(0),
             topk_weights: routing.table(1),
-            expert_offsets: self.offsets_of(routing),
+            expert_offsets,
+            gate_sums: expert_offsets + ((routing.num_experts + 1) * size_of::<u32>()) as u64,
             permutation: routing.table(2),
             rows: routing.table(3),
             finished_blocks: routing.table(4),
@@ -570,11 +599,14 @@ impl Backend for Cuda {
             num_tokens: rows as i32,
             num_experts: routing.num_experts as i32,
             top_k: routing.top_k as i32,
+            width: routing.width as i32,
             stride: x.stride as i32,
         };
         let (from, router) = (x.rows(rows, DType::Bf16), router.map_or(0, |router| router.buffer.address));
+        let steering = self.step.steering(layer);
+        let arguments: [&dyn kernels::Argument; 5] = [&from, &router, &tables, &shape, &steering];
         // Without tokens a block is still needed, to say that no expert has any.
-        self.device.launch("route", Grid::new(rows.max(1), 256), &[&from, &router, &tables, &shape]);
+        self.device.launch("route", Grid::new(rows.max(1), 256), &arguments);
     }
 
     fn experts_gate_up(&mut self, x: &Tensor, experts: &Experts, routing: &Routing, act: &mut Tensor) {
@@ -604,10 +636,10 @@ impl Backend for Cuda {
             ..right
         };
         multiply(&mut self.device, down, rows, Epilogue::F32);
-        let (to, top_k) = (out.rows(routing.num_tokens, DType::F32), routing.top_k as i32);
+        let (to, width) = (out.rows(routing.num_tokens, DType::F32), routing.width as i32);
         let row_quads = (out.stride / 4) as i32;
         let arguments: [&dyn kernels::Argument; 6] =
-            [&products, &routing.table(3), &routing.table(1), &top_k, &to, &row_quads];
+            [&products, &routing.table(3), &routing.table(1), &width, &to, &row_quads];
         self.device.launch("combine_experts", Grid::new(routing.num_tokens, 256), &arguments);
     }
 
@@ -628,29 +660,31 @@ impl Backend for Cuda {
 
     fn finish_step(&mut self) -> Result<Vec<Result<Sampled, NonFiniteLogits>>, BackendError> {
         let sampled = self.sampler.read(&mut self.device);
-        self.host_offsets.resize(self.num_offsets, 0);
-        self.device.read(&self.offsets, 0, &mut self.host_offsets);
+        self.host_counts.resize(self.num_counts, 0);
+        self.device.read(&self.counts, 0, &mut self.host_counts);
         self.device.check()?;
         self.failure.take().map_or(Ok(sampled), Err)
     }
 
     fn read_routing(&mut self, routing: &Routing) -> backend::Routing {
-        let expert_offsets = self.host_offsets[routing.first_offset..][..=routing.num_experts].to_vec();
-        // The handle knows its rows only if the step was not a replay.
-        let num_rows = expert_offsets[routing.num_experts] as usize;
-        let table_bytes = routing.max_tokens * routing.top_k * size_of::<u32>();
-        let (mut topk_ids, mut permutation) = (vec![0; num_rows], vec![0; num_rows]);
-        let mut topk_weights = vec![0.0; num_rows];
-        self.device.read(&routing.tables, 0, &mut topk_ids);
-        self.device.read(&routing.tables, table_bytes, &mut topk_weights);
-        self.device.read(&routing.tables, 2 * table_bytes, &mut permutation);
-        backend::Routing { top_k: routing.top_k, topk_ids, topk_weights, expert_offsets, permutation }
+        let expert_offsets = self.host_counts[routing.first_count..][..=routing.num_experts].to_vec();
+        let mut permutation = vec![0; expert_offsets[routing.num_experts] as usize];
+        self.device.read(&routing.tables, 2 * routing.table_bytes(), &mut permutation);
+        let LayerChoices { width, ids, weights } = self.read_layer(routing);
+        let (topk_ids, topk_weights, top_k) = (ids, weights, routing.top_k);
+        backend::Routing { top_k, width, topk_ids, topk_weights, expert_offsets, permutation }
     }
 
-    fn count_expert_tokens(&mut self, routing: &Routing, counts: &mut [u64]) {
-        let offsets = &self.host_offsets[routing.first_offset..][..=routing.num_experts];
-        for (count, ends) in counts.iter_mut().zip(offsets.windows(2)) {
-            *count += u64::from(ends[1] - ends[0]);
+    fn read_choices(&mut self, routings: &[Routing]) -> Vec<LayerChoices> {
+        routings.iter().map(|routing| self.read_layer(routing)).collect()
+    }
+
+    fn add_expert_loads(&mut self, routing: &Routing, loads: &mut [ExpertLoad]) {
+        let counts = &self.host_counts[routing.first_count..][..2 * routing.num_experts + 1];
+        let (offsets, gate_sums) = counts.split_at(routing.num_experts + 1);
+        for ((load, ends), &gate_sum) in loads.iter_mut().zip(offsets.windows(2)).zip(gate_sums) {
+            let gate_weight = f64::from(f32::from_bits(gate_sum));
+            *load += ExpertLoad { num_tokens: u64::from(ends[1] - ends[0]), gate_weight };
         }
     }
 }

@@ -102,21 +102,28 @@ pub struct Routing {
     pub(crate) max_tokens: usize,
     pub(crate) num_experts: usize,
     pub(crate) top_k: usize,
-    /// Entry of the backend's expert offsets where this layer's start.
-    pub(crate) first_offset: usize,
-    /// Tokens routed by the step that is being launched.
+    /// Entry of the backend's expert counts where this layer's start: offsets `[num_experts + 1]`, then the sums of the
+    /// gate weights `[num_experts]`.
+    pub(crate) first_count: usize,
+    /// Tokens routed by the step that is being launched, and entries for each.
     pub(crate) num_tokens: usize,
+    pub(crate) width: usize,
 }
 
 impl Routing {
-    /// Rows of the experts' tensors in this step.
+    /// Most rows of the experts' tensors in this step: as many as there are entries.
     pub(crate) fn num_rows(&self) -> usize {
-        self.num_tokens * self.top_k
+        self.num_tokens * self.width
     }
 
     /// Where the `index`-th table starts: ids, weights, permutation, rows; behind them the count of finished blocks.
     pub(crate) fn table(&self, index: usize) -> u64 {
-        self.tables.address + (index * self.max_tokens * self.top_k * size_of::<u32>()) as u64
+        self.tables.address + (index * self.table_bytes()) as u64
+    }
+
+    /// Bytes of a table.
+    pub(crate) fn table_bytes(&self) -> usize {
+        self.max_tokens * self.top_k * size_of::<u32>()
     }
 }
 

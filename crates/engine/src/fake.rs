@@ -14,8 +14,8 @@
 use std::time::Duration;
 
 use model::{
-    BackendError, Batch, ModelRunner, NonFiniteLogits, RunnerLimits, SampleRow, Sampled, StepOutput, mix64,
-    sample_row,
+    BackendError, Batch, ExpertLoad, LayerChoices, ModelRunner, NonFiniteLogits, RunnerLimits, SampleRow,
+    Sampled, StepOutput, mix64, sample_row,
 };
 
 /// Logit of a token that is meant to win; the others' are below [`FakeRunner::MAX_LOGIT`].
@@ -172,23 +172,43 @@ impl FakeRunner {
         sampled
     }
 
-    /// `[num_layers, num_experts]` counts: each token goes to `top_k` neighbouring experts per layer.
-    fn expert_tokens(&self, batch: &Batch) -> Vec<u64> {
+    /// The experts of a token: `top_k` neighbours in each layer, whatever its steering.
+    pub fn experts(&self, layer: usize, token: u32) -> impl Iterator<Item = usize> {
+        let RunnerLimits { num_experts, top_k, .. } = self.limits;
+        let first = mix64(u64::from(token) << 32 | layer as u64) as usize % num_experts;
+        (0..top_k).map(move |rank| (first + rank) % num_experts)
+    }
+
+    /// `[num_layers, num_experts]`
+    fn expert_loads(&self, batch: &Batch) -> Vec<ExpertLoad> {
         let RunnerLimits { num_layers, num_experts, top_k, .. } = self.limits;
-        let mut counts = vec![0; num_layers * num_experts];
-        for (layer, counts) in counts.chunks_exact_mut(num_experts).enumerate() {
-            for &token in &batch.token_ids {
-                let first = mix64(u64::from(token) << 32 | layer as u64) as usize % num_experts;
-                (0..top_k).for_each(|rank| counts[(first + rank) % num_experts] += 1);
+        let mut loads = vec![ExpertLoad::default(); num_layers * num_experts];
+        for (layer, loads) in loads.chunks_exact_mut(num_experts).enumerate() {
+            for expert in batch.token_ids.iter().flat_map(|&token| self.experts(layer, token)) {
+                loads[expert] += ExpertLoad { num_tokens: 1, gate_weight: 1.0 / top_k as f64 };
             }
         }
-        counts
+        loads
+    }
+
+    /// The same choices one by one, if the batch asks for them.
+    fn choices(&self, batch: &Batch) -> Vec<LayerChoices> {
+        let layer = |layer| {
+            let ids = batch.token_ids.iter().flat_map(|&token| self.experts(layer, token));
+            let ids: Vec<u32> = ids.map(|expert| expert as u32).collect();
+            let weights = vec![1.0 / self.limits.top_k as f32; ids.len()];
+            LayerChoices { width: self.limits.top_k, ids, weights }
+        };
+        let num_layers = if batch.records_routing { self.limits.num_layers } else { 0 };
+        (0..num_layers).map(layer).collect()
     }
 
     fn assert_within_limits(&self, batch: &Batch, rows: &[SampleRow<'_>]) {
         let limits = &self.limits;
         batch.assert_valid(limits.block_size as u32, limits.num_blocks as u32);
         assert!((1..=limits.max_num_batched_tokens).contains(&batch.num_tokens()));
+        let experts_per_token = batch.steering.experts_per_token.max(limits.top_k);
+        assert!(batch.num_tokens() * experts_per_token <= limits.max_expert_rows());
         assert!(batch.num_seqs() <= limits.max_num_seqs);
         assert!(rows.len() <= limits.max_num_logits);
         assert_eq!(rows.len(), batch.logits_indices.len());
@@ -213,7 +233,7 @@ impl ModelRunner for FakeRunner {
             Some(Failure::NonFiniteLogits) => vec![Err(NonFiniteLogits); rows.len()],
             None => self.sample(batch, rows),
         };
-        Ok(StepOutput { sampled, expert_tokens: self.expert_tokens(batch) })
+        Ok(StepOutput { sampled, expert_loads: self.expert_loads(batch), choices: self.choices(batch) })
     }
 }
 

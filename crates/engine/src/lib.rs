@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 mod constraint;
+mod recording;
 mod request;
 
 mod config;
@@ -28,6 +29,7 @@ mod sequence;
 mod block_hash;
 mod block_manager;
 
+mod routing_stats;
 mod stats;
 
 mod fake;
@@ -39,6 +41,8 @@ pub use constraint::Constraint;
 pub use engine::{Engine, EngineError, EngineThread, Progress};
 pub use fake::FakeRunner;
 pub use handle::EngineHandle;
+pub use recording::RecordRouting;
 pub use request::{Choice, Event, EventSink, FinishReason, PromptLogprob, Request, SinkClosed};
+pub use routing_stats::{LayerStats, RoutingStats};
 pub use stats::Stats;
 pub use submission::SubmitError;

@@ -1,10 +1,12 @@
 //! What a client asked ([`Request`]) and what it is told ([`Event`] through an [`EventSink`]), in token ids.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use model::{SampleParams, Sampled, TokenLogprob};
+use model::{RoutingRecord, SampleParams, Sampled, Steering, TokenLogprob};
 
 use crate::constraint::Constraint;
+use crate::recording::RecordRouting;
 
 /// What a client asked. Immutable once submitted.
 #[derive(Debug, Clone, PartialEq)]
@@ -39,6 +41,11 @@ pub struct Request {
     pub deadline: Option<Duration>,
     /// Requests share cached prefixes only with requests of the same salt.
     pub cache_salt: Option<String>,
+    /// Reports to which experts the tokens went.
+    pub record_routing: Option<RecordRouting>,
+    /// Decides with the routers to which experts the tokens go. Keys and values depend on it, so such a request shares
+    /// them with nobody.
+    pub steering: Option<Arc<Steering>>,
 }
 
 /// One choice on its way in: who is told how it goes, and what bounds it.
@@ -110,7 +117,8 @@ pub struct PromptLogprob {
 }
 
 /// What a client is told about one choice, in this order:
-/// `Started (PromptLogprobs)? Token* Finished`, with any number of `Progress` before the first token. A choice that ends while it waits has no `Started`.
+/// `Started (PromptLogprobs)? (Routing? Token)* Routing? Finished`, with any number of `Progress` before the first token.
+/// A choice that ends while it waits has no `Started`.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
     /// The choice was scheduled for the first time.
@@ -128,6 +136,9 @@ pub enum Event {
     },
     /// The whole prompt was scored (choice 0 only). The first entry is `None`: nothing precedes it.
     PromptLogprobs(Vec<Option<PromptLogprob>>),
+    /// Where the tokens went that were read since the last record. The token that comes next was taken behind the last
+    /// of them; itself it goes nowhere until it is read.
+    Routing(RoutingRecord),
     /// One more token.
     Token(Sampled),
     /// The choice ended; nothing follows.

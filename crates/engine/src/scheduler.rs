@@ -66,12 +66,24 @@ pub(crate) struct Scheduler {
 struct Room {
     num_tokens: usize,
     num_logits: usize,
+    /// Tokens given so far.
+    num_given: usize,
+    /// Most experts that a token of the step visits in a layer, and most rows of experts that a layer computes: all
+    /// tokens count as if they visited as many.
+    experts_per_token: usize,
+    max_expert_rows: usize,
 }
 
 impl Room {
+    /// Tokens that are left if some visit so many experts.
+    fn tokens_left(&self, experts_per_token: usize) -> usize {
+        let rows = self.max_expert_rows / self.experts_per_token.max(experts_per_token);
+        self.num_tokens.min(rows.saturating_sub(self.num_given))
+    }
+
     /// Most of the `num_lacking` tokens of `sequence` that this step can compute.
     fn chunk(&self, sequence: &Sequence, num_lacking: usize) -> usize {
-        let chunk = num_lacking.min(self.num_tokens);
+        let chunk = num_lacking.min(self.tokens_left(sequence.experts_per_token()));
         if sequence.is_scoring() {
             chunk.min(self.num_logits)
         } else if self.num_logits == 0 {
@@ -85,6 +97,10 @@ impl Room {
     fn give(&mut self, sequence: &mut Sequence, num_tokens: usize) {
         sequence.num_scheduled_tokens = num_tokens;
         self.num_tokens -= num_tokens;
+        self.num_given += num_tokens;
+        if num_tokens > 0 {
+            self.experts_per_token = self.experts_per_token.max(sequence.experts_per_token());
+        }
         self.num_logits -= sequence.logits_positions().count();
     }
 }
@@ -131,7 +147,7 @@ impl Scheduler {
         self.num_arrivals += 1;
         let times = Times { submitted_at: submission.submitted_at, deadline: submission.deadline() };
         let request = Arc::new(submission.request);
-        let root = if self.enable_prefix_cache {
+        let root = if self.enable_prefix_cache && request.steering.is_none() {
             Some(self.hasher.root(Scope::Salt(request.cache_salt.as_deref())))
         } else {
             (request.num_choices > 1).then(|| self.hasher.root(Scope::Submission(arrival)))
@@ -142,7 +158,8 @@ impl Scheduler {
             .min(cache_capacity(&self.limits) + 1);
         for (index, choice) in (0..).zip(submission.choices) {
             let key = SequenceKey { priority: request.priority, arrival, choice: index };
-            let sequence = Sequence::new(key, Arc::clone(&request), choice, times, max_len, root);
+            let sequence =
+                Sequence::new(key, Arc::clone(&request), choice, times, max_len, root, self.limits.route());
             self.waiting.insert(key, Box::new(sequence));
         }
     }
@@ -150,8 +167,14 @@ impl Scheduler {
     /// Ends what the clients gave up, and plans the next step.
     pub(crate) fn schedule(&mut self, now: Duration) -> StepPlan<'_> {
         self.end_given_up(now);
-        let mut room =
-            Room { num_tokens: self.max_num_batched_tokens, num_logits: self.limits.max_num_logits };
+        let running = self.running.iter().map(|sequence| sequence.experts_per_token());
+        let mut room = Room {
+            num_tokens: self.max_num_batched_tokens,
+            num_logits: self.limits.max_num_logits,
+            num_given: 0,
+            experts_per_token: running.fold(self.limits.top_k, usize::max),
+            max_expert_rows: self.limits.max_expert_rows(),
+        };
         let has_preempted = self.schedule_single_tokens(&mut room);
         self.schedule_chunks(&mut room);
         if !has_preempted {
@@ -169,7 +192,12 @@ impl Scheduler {
     /// # Panics
     /// If there is not one result per row of the plan.
     pub(crate) fn update(&mut self, output: StepOutput, now: Duration) {
-        self.stats.count_expert_tokens(&output.expert_tokens);
+        self.stats.routing.add(&output.expert_loads);
+        let mut first_token = 0;
+        for sequence in &mut self.running {
+            sequence.record(&output.choices, first_token);
+            first_token += sequence.num_scheduled_tokens;
+        }
         let mut results = output.sampled.into_iter();
         let mut index = 0;
         while index < self.running.len() {
@@ -350,19 +378,9 @@ impl Scheduler {
 
     fn build_batch(&mut self) {
         self.batch.clear();
+        let block_size = to_u32(self.limits.block_size);
         for sequence in self.running.iter().filter(|sequence| sequence.num_scheduled_tokens > 0) {
-            let first_row = self.batch.num_tokens();
-            let num_computed = sequence.num_computed_tokens;
-            let block_size = to_u32(self.limits.block_size);
-            self.batch.push_sequence(
-                sequence.chunk(),
-                to_u32(num_computed),
-                &sequence.block_table,
-                block_size,
-            );
-            let rows =
-                sequence.logits_positions().map(|position| to_u32(first_row + position - num_computed));
-            self.batch.logits_indices.extend(rows);
+            sequence.push_to(&mut self.batch, block_size);
         }
     }
 

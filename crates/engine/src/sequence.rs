@@ -16,10 +16,11 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use model::{NonFiniteLogits, SampleParams, SampleRow, Sampled, mix64};
+use model::{Batch, LayerChoices, NonFiniteLogits, RouteShape, SampleParams, SampleRow, Sampled, mix64};
 
 use crate::block_hash::{BlockHash, BlockHasher};
 use crate::constraint::{Constraint, Left, is_allowed, left};
+use crate::recording::Recording;
 use crate::request::{Choice, Event, EventSink, FinishReason, PromptLogprob, Request};
 
 /// A sequence's place in line: the order in which sequences are served. The last is preempted first.
@@ -63,6 +64,9 @@ pub(crate) struct Sequence {
     block_hashes: Vec<BlockHash>,
     /// Scores of prompt tokens `0..len` while they are being collected.
     prompt_logprobs: Option<Vec<Option<PromptLogprob>>>,
+    recording: Option<Recording>,
+    /// Most experts that a token visits in a layer.
+    experts_per_token: usize,
     has_started: bool,
     /// The sink refused an event.
     sink_refused: bool,
@@ -78,6 +82,7 @@ impl Sequence {
         times: Times,
         max_len: usize,
         root: Option<BlockHash>,
+        route: RouteShape,
     ) -> Self {
         let mut params = request.sampling.clone();
         if key.choice > 0 {
@@ -88,6 +93,12 @@ impl Sequence {
             _ => [request.eos_token_ids.as_slice(), &request.stop_token_ids].concat(),
         };
         let is_scored = key.choice == 0 && request.num_prompt_logprobs.is_some();
+        let steered = request.steering.as_ref().map(|steering| steering.experts_per_token());
+        let experts_per_token = steered.unwrap_or(route.top_k);
+        let recording = request.record_routing.as_ref().map(|wanted| {
+            let start = if wanted.prompt && key.choice == 0 { 0 } else { request.prompt.len() - 1 };
+            Recording::new(start, wanted.layers.clone(), experts_per_token)
+        });
         Self {
             key,
             num_computed_tokens: 0,
@@ -103,6 +114,8 @@ impl Sequence {
             block_hashes: root.into_iter().collect(),
             // Nothing precedes the first token, so it has no score.
             prompt_logprobs: is_scored.then(|| vec![None]),
+            recording,
+            experts_per_token,
             has_started: false,
             sink_refused: false,
             request,
@@ -129,11 +142,32 @@ impl Sequence {
         self.prompt_logprobs.is_some()
     }
 
+    /// Most experts that its tokens visit in a layer.
+    pub(crate) fn experts_per_token(&self) -> usize {
+        self.experts_per_token
+    }
+
     /// Most leading tokens that may come from the cache instead of being computed: the last token's
-    /// successor is wanted, and so are the scores not yet known.
+    /// successor is wanted, and so are the scores and the routing not yet known.
     pub(crate) fn max_cached_tokens(&self) -> usize {
-        let scored = self.prompt_logprobs.as_ref().map_or(usize::MAX, Vec::len);
-        scored.min(self.len()) - 1
+        let num_scored = self.prompt_logprobs.as_ref().map_or(usize::MAX, |known| known.len() - 1);
+        let num_recorded = self.recording.as_ref().map_or(usize::MAX, Recording::next_position);
+        num_scored.min(num_recorded).min(self.len() - 1)
+    }
+
+    /// Adds this step's chunk to the batch, with the rows of logits and the routing that are wanted of it.
+    pub(crate) fn push_to(&self, batch: &mut Batch, block_size: u32) {
+        let first_row = batch.num_tokens();
+        let num_computed = self.num_computed_tokens;
+        batch.push_sequence(self.chunk(), num_computed as u32, &self.block_table, block_size);
+        let rows = self.logits_positions().map(|position| (first_row + position - num_computed) as u32);
+        batch.logits_indices.extend(rows);
+        if let Some(steering) = &self.request.steering {
+            batch.steer_last_sequence(steering);
+        }
+        let end = self.chunk_range().end;
+        batch.records_routing |=
+            self.recording.as_ref().is_some_and(|recording| recording.next_position() < end);
     }
 
     /// The reason to end a sequence whose reader has left, or stopped reading.
@@ -254,6 +288,15 @@ impl Sequence {
         scored.chain(sampled)
     }
 
+    /// Keeps where the step's tokens went, if that is wanted; the first of its own is the step's `first_token`. Comes
+    /// before [`Sequence::advance`].
+    pub(crate) fn record(&mut self, choices: &[LayerChoices], first_token: usize) {
+        let chunk = self.chunk_range();
+        if let Some(recording) = &mut self.recording {
+            recording.extend(choices, first_token, chunk);
+        }
+    }
+
     /// Takes in what the step computed, one result per [`Sequence::logits_positions`]; returns the reason if
     /// that ended the sequence.
     pub(crate) fn advance(
@@ -273,10 +316,14 @@ impl Sequence {
         assert_eq!((scores.len(), sampled.is_some()), (num_scored, is_sampled), "one result per row");
 
         self.take_scores(scores);
+        let is_scored = self.request.max_tokens == 0 && self.num_computed_tokens == self.prompt_len();
+        if is_sampled || is_scored {
+            let record = self.recording.as_mut().and_then(Recording::take);
+            record.into_iter().for_each(|record| self.emit(Event::Routing(record)));
+        }
         match sampled {
             Some(sampled) => self.take_token(sampled),
-            None => (self.request.max_tokens == 0 && self.num_computed_tokens == self.prompt_len())
-                .then_some(FinishReason::Length),
+            None => is_scored.then_some(FinishReason::Length),
         }
     }
 

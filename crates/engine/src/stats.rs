@@ -12,9 +12,10 @@ use std::time::Duration;
 use model::RunnerLimits;
 
 use crate::request::FinishReason;
+use crate::routing_stats::{RoutingStats, SharedRoutingStats};
 
 /// Counters since the start, and gauges now.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Stats {
     /// Choices that wait: submitted and not yet begun, or preempted.
     pub num_waiting: usize,
@@ -51,9 +52,8 @@ pub struct Stats {
     pub num_accepted: u64,
     /// Choices ended, by [`FinishReason::index`].
     pub finished: [u64; FinishReason::COUNT],
-    /// `[num_layers, num_experts]` tokens that each expert computed; the last layer's compute those whose logits are
-    /// wanted.
-    pub expert_tokens: Vec<u64>,
+    /// How tokens were spread over experts.
+    pub routing: RoutingStats,
 }
 
 /// The atomics behind [`Stats`].
@@ -76,7 +76,7 @@ pub(crate) struct SharedStats {
     pub(crate) num_preemptions: AtomicU64,
     num_accepted: AtomicU64,
     finished: [AtomicU64; FinishReason::COUNT],
-    expert_tokens: Vec<AtomicU64>,
+    pub(crate) routing: SharedRoutingStats,
     /// Recent throughput; 0 while unknown.
     tokens_per_second: AtomicU64,
 }
@@ -84,11 +84,10 @@ pub(crate) struct SharedStats {
 impl SharedStats {
     pub(crate) fn new(limits: &RunnerLimits) -> Self {
         let num_blocks = limits.num_blocks - 1;
-        let num_expert_counters = limits.num_layers * limits.num_experts;
         Self {
             num_blocks,
             num_free_blocks: num_blocks.into(),
-            expert_tokens: (0..num_expert_counters).map(|_| AtomicU64::new(0)).collect(),
+            routing: SharedRoutingStats::new(limits),
             ..Self::default()
         }
     }
@@ -114,7 +113,7 @@ impl SharedStats {
             num_preemptions: self.num_preemptions.load(Relaxed),
             num_accepted: self.num_accepted.load(Relaxed),
             finished,
-            expert_tokens: self.expert_tokens.iter().map(|counter| counter.load(Relaxed)).collect(),
+            routing: self.routing.snapshot(),
         }
     }
 
@@ -145,13 +144,6 @@ impl SharedStats {
     /// Notes a sign of life.
     pub(crate) fn heartbeat(&self, now: Duration) {
         self.last_step_at_ns.store(u64::try_from(now.as_nanos()).unwrap_or(u64::MAX), Relaxed);
-    }
-
-    /// Adds a step's `[num_layers, num_experts]` counts; an empty slice adds nothing.
-    pub(crate) fn count_expert_tokens(&self, expert_tokens: &[u64]) {
-        for (counter, &num_tokens) in self.expert_tokens.iter().zip(expert_tokens) {
-            counter.fetch_add(num_tokens, Relaxed);
-        }
     }
 
     pub(crate) fn set_tokens_per_second(&self, tokens_per_second: f64) {

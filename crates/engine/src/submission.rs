@@ -69,6 +69,7 @@ pub(crate) fn validate(request: &Request, limits: &RunnerLimits) -> Result<(), S
     check_lengths(request, limits)?;
     check_tokens(request, limits)?;
     check_sampling(&request.sampling)?;
+    check_routing(request, limits)?;
     let num_choices = request.num_choices;
     require((1..=MAX_NUM_CHOICES).contains(&num_choices), "n", || {
         format!("n is {num_choices}; it must be between 1 and {MAX_NUM_CHOICES}")
@@ -131,6 +132,24 @@ fn check_sampling(params: &SampleParams) -> Result<(), SubmitError> {
         format!("logit_bias has {num_entries} entries; it may have {MAX_LOGIT_BIAS_ENTRIES}")
     })?;
     params.logit_bias.iter().try_for_each(|&(_, bias)| check_range("logit_bias", bias, LOGIT_BIAS))
+}
+
+fn check_routing(request: &Request, limits: &RunnerLimits) -> Result<(), SubmitError> {
+    let layers = request.record_routing.iter().flat_map(|wanted| &wanted.layers);
+    let num_layers = limits.num_layers;
+    require(layers.clone().all(|&layer| (layer as usize) < num_layers), "routing", || {
+        format!("the model has layers 0 to {}", num_layers - 1)
+    })?;
+    require(layers.is_sorted_by(|a, b| a < b), "routing", || {
+        "layers are named in order, each once".to_owned()
+    })?;
+    let (asked, most) = match &request.steering {
+        Some(steering) => (steering.experts_per_token(), limits.max_steered_experts()),
+        None => (limits.top_k, limits.top_k),
+    };
+    require(asked <= most, "moe", || {
+        format!("it needs {asked} experts per token, and a step of this server has room for {most}")
+    })
 }
 
 /// Refuses what is outside, infinities and NaN included.

@@ -44,6 +44,8 @@ pub(crate) fn request(prompt: &[u32], max_tokens: u32) -> Request {
         priority: 0,
         deadline: None,
         cache_salt: None,
+        record_routing: None,
+        steering: None,
     }
 }
 

@@ -83,6 +83,8 @@ fn request(seed: u64, max_tokens: u32) -> Request {
         priority: 0,
         deadline: None,
         cache_salt: None,
+        record_routing: None,
+        steering: None,
     }
 }
 

@@ -20,8 +20,10 @@ mod summary;
 mod weights;
 
 pub use backend::{
-    BackendError, Batch, NonFiniteLogits, SampleParams, SampleRow, Sampled, TokenLogprob, WeightType,
+    BackendError, Batch, ExpertLoad, LayerChoices, LayerSteering, NonFiniteLogits, RouteShape, RoutingRecord,
+    SampleParams, SampleRow, Sampled, Steering, TokenLogprob, WeightType,
     sampling::{mix64, sample_row},
+    steering::MAX_STEERED_EXPERTS,
 };
 pub use config::{Architecture, ModelConfig};
 pub use error::ModelError;

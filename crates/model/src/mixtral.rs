@@ -4,7 +4,8 @@
 //! nothing and reads nothing back, so a backend may record it and replay the recording.
 //!
 //! Of the last layer, tokens whose logits nobody wants leave their keys and values, and no more: what comes after its
-//! attention feeds nothing but their own logits. In a prompt that is all tokens but one.
+//! attention feeds nothing but their own logits. In a prompt that is all tokens but one. Only a step whose routing is
+//! recorded or steered takes all of them through it.
 
 use backend::{Backend, DType, MatrixUse, RopeTable, StepShape};
 
@@ -104,30 +105,39 @@ impl<B: Backend> Mixtral<B> {
 
     /// One layer, from its normed input in `normed` to that of the next one, or of the head.
     ///
-    /// The last layer goes on after its attention with the rows whose logits are wanted, so its routing has
+    /// A pruned last layer goes on after its attention with the rows whose logits are wanted, so its routing has
     /// `num_logits` tokens.
     fn forward_layer(&self, backend: &mut B, index: usize, shape: StepShape, w: &mut Workspace<B>) {
         let layer = &self.layers[index];
+        let next = self.layers.get(index + 1);
+        let is_pruned = next.is_none() && !shape.routes_all_tokens;
         let (kv, routing) = (&mut w.kv[index], &mut w.routings[index]);
         backend.linear(&w.normed, &layer.qkv, &mut w.qkv, shape.num_tokens);
         backend.rope_store_kv(&w.qkv, &self.rope, &mut w.queries, kv);
         backend.attention(&w.queries, kv, &mut w.attended);
 
-        let (residual, attended, rows, next_norm) = match self.layers.get(index + 1) {
-            Some(next) => (&mut w.residual, &w.attended, shape.num_tokens, &next.input_norm),
-            None => {
-                backend.gather_rows(&w.residual, &mut w.last_residual);
-                backend.gather_rows(&w.attended, &mut w.last_attended);
-                (&mut w.last_residual, &w.last_attended, shape.num_logits, &self.norm)
-            }
+        let (residual, attended, rows) = if is_pruned {
+            backend.gather_rows(&w.residual, &mut w.last_residual);
+            backend.gather_rows(&w.attended, &mut w.last_attended);
+            (&mut w.last_residual, &w.last_attended, shape.num_logits)
+        } else {
+            (&mut w.residual, &w.attended, shape.num_tokens)
         };
         backend.linear(attended, &layer.o, &mut w.delta, rows);
         let norm = &layer.post_attention_norm;
         backend.add_rms_norm(residual, &w.delta, norm, self.eps, &mut w.normed, rows);
-        backend.route(&w.normed, layer.router.as_ref(), routing, rows);
+        backend.route(&w.normed, layer.router.as_ref(), routing, index, rows);
         backend.experts_gate_up(&w.normed, &layer.experts, routing, &mut w.act);
         backend.experts_down(&w.act, &layer.experts, routing, &mut w.delta);
-        backend.add_rms_norm(residual, &w.delta, next_norm, self.eps, &mut w.normed, rows);
+
+        if next.is_none() && !is_pruned {
+            backend.add(&mut w.residual, &w.delta, rows);
+            backend.gather_rows(&w.residual, &mut w.last_residual);
+            backend.rms_norm(&w.last_residual, &self.norm, self.eps, &mut w.normed, shape.num_logits);
+        } else {
+            let next_norm = next.map_or(&self.norm, |next| &next.input_norm);
+            backend.add_rms_norm(residual, &w.delta, next_norm, self.eps, &mut w.normed, rows);
+        }
     }
 }
 

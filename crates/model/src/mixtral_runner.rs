@@ -1,6 +1,6 @@
 //! Mixtral behind Seam A: one backend, one model, one workspace, one step at a time.
 
-use backend::{Backend, BackendError, Batch, SampleRow};
+use backend::{Backend, BackendError, Batch, ExpertLoad, SampleRow};
 
 use crate::mixtral::{Mixtral, Workspace, workspace_bytes};
 use crate::weights::Weights;
@@ -105,6 +105,8 @@ impl<B: Backend> MixtralRunner<B> {
         assert!(batch.num_seqs() <= limits.max_num_seqs);
         assert!(batch.logits_indices.len() <= limits.max_num_logits);
         assert!(batch.seq_lens.iter().all(|&len| len as usize <= limits.max_model_len));
+        let experts_per_token = batch.steering.experts_per_token.max(limits.top_k);
+        assert!(batch.num_tokens() * experts_per_token <= limits.max_expert_rows());
         assert!(batch.token_ids.iter().all(|&token| (token as usize) < limits.vocab_size));
 
         let shape = self.backend.begin_step(batch)?;
@@ -125,11 +127,15 @@ impl<B: Backend> ModelRunner for MixtralRunner<B> {
         self.backend.sample(&self.workspace.logits, rows);
         let sampled = self.backend.finish_step()?;
 
-        let mut expert_tokens = vec![0; self.limits.num_layers * self.limits.num_experts];
-        let counts_by_layer = expert_tokens.chunks_exact_mut(self.limits.num_experts);
-        for (routing, counts) in self.workspace.routings.iter().zip(counts_by_layer) {
-            self.backend.count_expert_tokens(routing, counts);
+        let mut expert_loads = vec![ExpertLoad::default(); self.limits.num_layers * self.limits.num_experts];
+        let loads_by_layer = expert_loads.chunks_exact_mut(self.limits.num_experts);
+        for (routing, loads) in self.workspace.routings.iter().zip(loads_by_layer) {
+            self.backend.add_expert_loads(routing, loads);
         }
-        Ok(StepOutput { sampled, expert_tokens })
+        let choices = match batch.records_routing {
+            true => self.backend.read_choices(&self.workspace.routings),
+            false => Vec::new(),
+        };
+        Ok(StepOutput { sampled, expert_loads, choices })
     }
 }

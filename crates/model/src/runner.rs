@@ -1,7 +1,10 @@
 //! Seam A: [`ModelRunner`], what the engine knows of a model. A plain [`Batch`] goes in; tokens, and what was
 //! asked for beside them, come out.
 
-use backend::{BackendError, Batch, NonFiniteLogits, SampleRow, Sampled};
+use backend::steering::MAX_STEERED_EXPERTS;
+use backend::{
+    BackendError, Batch, ExpertLoad, LayerChoices, NonFiniteLogits, RouteShape, SampleRow, Sampled,
+};
 
 /// The fixed sizes of a loaded model and of its cache; everything the engine plans with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,9 +36,30 @@ pub struct RunnerLimits {
 pub struct StepOutput {
     /// One result per entry of the batch's `logits_indices`, in that order.
     pub sampled: Vec<Result<Sampled, NonFiniteLogits>>,
-    /// `[num_layers, num_experts]` tokens that each expert got in this step. A model may spare the last layer's
+    /// `[num_layers, num_experts]` what each expert had to do in this step. A model may spare the last layer's
     /// experts the tokens whose logits are not wanted.
-    pub expert_tokens: Vec<u64>,
+    pub expert_loads: Vec<ExpertLoad>,
+    /// What each layer's router chose for each token; empty unless the batch asks for it.
+    pub choices: Vec<LayerChoices>,
+}
+
+impl RunnerLimits {
+    /// A layer's experts, and how many of them a token visits.
+    pub fn route(&self) -> RouteShape {
+        RouteShape { num_experts: self.num_experts, top_k: self.top_k }
+    }
+
+    /// Most experts per token that a request may ask for: with so many for all of them, a step still has room for
+    /// a token of every sequence.
+    pub fn max_steered_experts(&self) -> usize {
+        let room = self.max_expert_rows() / self.max_num_seqs.max(1);
+        room.min(self.num_experts).min(MAX_STEERED_EXPERTS).max(self.top_k)
+    }
+
+    /// Most rows of experts that a layer computes in a step.
+    pub fn max_expert_rows(&self) -> usize {
+        self.max_num_batched_tokens * self.top_k
+    }
 }
 
 /// A loaded model with its cache, ready to run steps.

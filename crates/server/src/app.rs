@@ -14,7 +14,7 @@ use axum::routing::{get, post};
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{AllowOrigin, CorsLayer};
 
-use crate::api::{cancel, chat, completions, models, tokenize};
+use crate::api::{cancel, chat, completions, models, routing_analysis, tokenize};
 use crate::error::ApiError;
 use crate::lifecycle::Phase;
 use crate::state::AppState;
@@ -25,6 +25,7 @@ pub fn app(state: AppState) -> Router {
     let generating = Router::new()
         .route("/v1/chat/completions", post(chat::chat_completions))
         .route("/v1/completions", post(completions::completions))
+        .route("/v1/routing/analyze", post(routing_analysis::analyze))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
         .route_layer(from_fn_with_state(state.clone(), refuse_while_draining));

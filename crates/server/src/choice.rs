@@ -14,6 +14,7 @@ use std::time::Instant;
 
 use engine::{Event, EventSink, FinishReason, SinkClosed};
 use futures_util::Stream;
+use model::RoutingRecord;
 use serde::Serialize;
 use tokio::sync::mpsc;
 
@@ -64,6 +65,8 @@ pub(crate) struct ChoiceStream {
     num_prompt_logprobs: Option<u32>,
     started_at: Instant,
     num_cached_tokens: u32,
+    /// Where the tokens went that were read before the next one is taken.
+    routing: Option<RoutingRecord>,
     meter: ChoiceMeter,
 }
 
@@ -91,6 +94,7 @@ impl ChoiceStream {
                 num_prompt_logprobs: options.num_prompt_logprobs,
                 started_at: Instant::now(),
                 num_cached_tokens: 0,
+                routing: None,
                 meter,
             },
         )
@@ -132,7 +136,12 @@ impl ChoiceStream {
                     .num_prompt_logprobs
                     .map(|num| prompt_logprobs(&self.vocabulary, &self.prompt, &scores, num));
             }
+            Event::Routing(record) => {
+                // It is told beside the token that was taken behind it, which follows at once.
+                self.routing = Some(record);
+            }
             Event::Token(sampled) => {
+                delta.routing = self.routing.take();
                 self.meter.token();
                 if self.returns_token_ids {
                     delta.token_ids.push(sampled.token);
@@ -144,6 +153,7 @@ impl ChoiceStream {
             }
             Event::Finished(reason) => {
                 let ending = self.ending(reason)?;
+                delta.routing = self.routing.take();
                 self.text.finish(ending, &mut delta);
                 self.end(reason);
             }

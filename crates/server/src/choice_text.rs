@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use model::Sampled;
+use model::{RoutingRecord, Sampled};
 
 use crate::choice::PromptProgress;
 use crate::logprobs::{PromptLogprobs, TokenScore, token_score};
@@ -56,6 +56,8 @@ pub(crate) struct Delta {
     pub(crate) token_ids: Vec<u32>,
     /// The prompt's tokens with their log-probabilities, if those were asked for by `prompt_logprobs`.
     pub(crate) prompt_logprobs: Option<PromptLogprobs>,
+    /// Where the tokens went, if that was asked for.
+    pub(crate) routing: Option<RoutingRecord>,
 }
 
 impl Delta {
@@ -72,6 +74,10 @@ impl Delta {
         self.has_started |= later.has_started;
         self.progress = later.progress.or(self.progress);
         self.token_ids.extend(later.token_ids);
+        match (&mut self.routing, later.routing) {
+            (Some(routing), Some(later)) => routing.append(&later),
+            (routing, later) => *routing = routing.take().or(later),
+        }
         self.prompt_logprobs = self.prompt_logprobs.take().or(later.prompt_logprobs);
     }
 
@@ -80,12 +86,13 @@ impl Delta {
         let is_empty = self.text.is_empty() && self.scores.is_empty() && self.tool_calls.is_empty();
         let has_asides =
             self.progress.is_some() || self.prompt_logprobs.is_some() || !self.token_ids.is_empty();
+        let has_asides = has_asides || self.routing.is_some();
         is_empty && !has_asides && self.prompt_scores.is_none() && self.ending.is_none()
     }
 }
 
 /// How a choice's tokens become text.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct TextOptions {
     /// The text goes on where the prompt ends, instead of being a message of its own.
     pub(crate) continues_prompt: bool,

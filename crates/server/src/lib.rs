@@ -24,6 +24,7 @@ mod choice;
 mod choice_text;
 mod generation;
 mod logprobs;
+mod routing;
 mod running;
 mod timing;
 mod tool_calls;

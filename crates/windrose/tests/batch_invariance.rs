@@ -1,5 +1,5 @@
-//! A sequence's tokens and log-probabilities do not depend on its company, bit for bit: alone = batched = chunked =
-//! prefix hit = preempted, on every instruction set of the CPU backend, on a GPU if there is one, and on the reference.
+//! A sequence's tokens, log-probabilities and routing do not depend on its company, bit for bit: alone = batched =
+//! chunked = prefix hit = preempted, whether its routing is steered or its neighbours' is, on every instruction set of the CPU backend, on a GPU if there is one, and on the reference.
 //!
 //! Every case runs a real model through the real engine twice: each request alone in a large pool without a prefix
 //! cache, then all together in a pool so small that sequences are preempted and prompts are cut into chunks.
@@ -13,8 +13,13 @@ use backend::sampling::mix64;
 use backend::{Backend, Reference};
 use cpu::{Cpu, CpuOptions, Isa, KvFormat, WeightFormat};
 use cuda::{Cuda, CudaOptions, WeightFormat as GpuWeights};
-use engine::{Choice, Engine, EngineConfig, Event, EventSink, FinishReason, Request, SinkClosed};
-use model::{MixtralRunner, ModelConfig, ModelFiles, RunnerOptions, SampleParams, WeightSource};
+use engine::{
+    Choice, Engine, EngineConfig, Event, EventSink, FinishReason, RecordRouting, Request, SinkClosed,
+};
+use model::{
+    LayerSteering, MixtralRunner, ModelConfig, ModelFiles, RouteShape, RoutingRecord, RunnerOptions,
+    SampleParams, Steering, WeightSource,
+};
 
 const MODELS: [&str; 3] = ["mixtral-8x2-gqa", "mixtral-16x3-sharded", "mistral-dense-window"];
 const BLOCK_SIZE: usize = 4;
@@ -32,17 +37,25 @@ impl EventSink for ChannelSink {
     }
 }
 
-/// What a client sees of a choice: tokens with the bits of their log-probabilities.
-type Outcome = Vec<(u32, u32)>;
+/// What a client sees of a choice.
+#[derive(Debug, Default, PartialEq)]
+struct Outcome {
+    /// Tokens with the bits of their log-probabilities.
+    tokens: Vec<(u32, u32)>,
+    /// Where they went, with the bits of the gate weights, if that was asked for.
+    routing: RoutingRecord,
+}
 
 fn collect(events: Receiver<Event>) -> Outcome {
-    let mut outcome = Vec::new();
+    let mut outcome = Outcome::default();
     for event in events {
         match event {
             Event::Token(sampled) => {
                 let logprob = sampled.logprob.expect("asked for").logprob;
-                outcome.push((sampled.token, logprob.to_bits()));
+                outcome.tokens.push((sampled.token, logprob.to_bits()));
             }
+            Event::Routing(record) if outcome.routing.num_tokens() == 0 => outcome.routing = record,
+            Event::Routing(record) => outcome.routing.append(&record),
             Event::Finished(reason) => assert!(matches!(reason, FinishReason::Stop | FinishReason::Length)),
             Event::Started { .. } | Event::Progress { .. } | Event::PromptLogprobs(_) => {}
         }
@@ -50,8 +63,21 @@ fn collect(events: Receiver<Event>) -> Outcome {
     outcome
 }
 
-/// Requests that share prefixes, mix greedy with drawn tokens, and differ in length.
-fn requests(vocab: u32, seed: u64) -> Vec<Request> {
+/// One of several ways to steer routers, for layers of this shape.
+fn steering(route: RouteShape, num_layers: usize, seed: u64) -> Arc<Steering> {
+    let plain = LayerSteering::new(route.top_k);
+    let layer = match seed % 5 {
+        0 => LayerSteering { top_k: 1, ..plain.clone() },
+        1 => LayerSteering { top_k: 4, temperature: 2.0, ..plain.clone() },
+        2 => LayerSteering { random_seed: Some(seed), ..plain.clone() },
+        3 => LayerSteering { banned: 0b1001, forced: 0b10, ..plain.clone() },
+        _ => plain.clone(),
+    };
+    Arc::new(Steering::new(route, (0..num_layers).map(|_| layer.clone()).collect(), None))
+}
+
+/// Requests that share prefixes, mix greedy with drawn tokens and plain with steered routing, and differ in length.
+fn requests(vocab: u32, config: &ModelConfig, seed: u64) -> Vec<Request> {
     let token = |key: u64| 3 + mix64(key) as u32 % (vocab - 3);
     let request = |index: u64| {
         let shared = (0..14).map(|i| token(seed ^ i));
@@ -78,6 +104,10 @@ fn requests(vocab: u32, seed: u64) -> Vec<Request> {
             priority: 0,
             deadline: None,
             cache_salt: None,
+            record_routing: (index % 3 != 1)
+                .then(|| RecordRouting { layers: vec![0, 1], prompt: index.is_multiple_of(4) }),
+            steering: (config.route.num_experts > 1 && index % 3 == 2)
+                .then(|| steering(config.route, config.num_layers, seed + index)),
         }
     };
     (0..12).map(request).collect()
@@ -128,8 +158,9 @@ fn check<B: Backend>(new: impl Fn() -> B) {
     for name in MODELS {
         let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures");
         let files = ModelFiles::open(&fixtures.join(name)).unwrap();
+        let config = ModelConfig::load(&files).unwrap();
         for seed in 0..4 {
-            let requests = requests(128, seed);
+            let requests = requests(128, &config, seed);
             let alone: Vec<Outcome> = requests
                 .iter()
                 .flat_map(|request| run(new(), &files, std::slice::from_ref(request), 200, false).0)
@@ -153,6 +184,41 @@ fn every_instruction_set_of_the_cpu_is_batch_invariant() {
         for (weights, kv_cache) in WeightFormat::ALL.into_iter().zip(KvFormat::ALL.into_iter().cycle()) {
             check(|| Cpu::new(CpuOptions { num_threads: Some(2), isa: Some(isa), weights, kv_cache }));
         }
+    }
+}
+
+/// Records what random routers choose, and repeats it without them.
+fn check_replay<B: Backend>(new: impl Fn() -> B) {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures");
+    let files = ModelFiles::open(&fixtures.join(MODELS[0])).unwrap();
+    let config = ModelConfig::load(&files).unwrap();
+    let plain = vec![LayerSteering::new(config.route.top_k); config.num_layers];
+    let random: Vec<LayerSteering> =
+        plain.iter().map(|layer| LayerSteering { random_seed: Some(5), ..layer.clone() }).collect();
+    let steer = |layers, replay| Some(Arc::new(Steering::new(config.route, layers, replay)));
+    let mut request = requests(128, &config, 0).swap_remove(3);
+    let of =
+        |request: &Request| run(new(), &files, std::slice::from_ref(request), 200, true).0.swap_remove(0);
+
+    request.record_routing = Some(RecordRouting { layers: vec![0, 1], prompt: true });
+    request.steering = None;
+    let unsteered = of(&request);
+    request.steering = steer(random, None);
+    let recorded = of(&request);
+    assert_ne!(recorded.tokens, unsteered.tokens, "random routers were meant to change the text");
+    request.steering = steer(plain, Some(Arc::new(recorded.routing.clone())));
+    assert_eq!(of(&request), recorded, "a record repeated on {}", new().describe());
+}
+
+#[test]
+fn a_recorded_routing_reproduces_the_same_tokens_bit_for_bit() {
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+        let options = CpuOptions { num_threads: Some(2), isa: Some(isa), ..CpuOptions::default() };
+        check_replay(|| Cpu::new(options));
+    }
+    check_replay(Reference::new);
+    if let Some(info) = cuda::probe_or_skip() {
+        check_replay(|| Cuda::new(info.clone(), CudaOptions::default()).expect("the device opens"));
     }
 }
 

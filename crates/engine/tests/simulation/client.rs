@@ -3,7 +3,8 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use engine::{Choice, Constraint, Event, EventSink, FinishReason, Request, SinkClosed};
+use engine::{Choice, Constraint, Event, EventSink, FakeRunner, FinishReason, Request, SinkClosed};
+use model::RoutingRecord;
 
 use crate::grammar::Grammar;
 use crate::oracle::Outcome;
@@ -104,8 +105,11 @@ impl Client {
             _ => None,
         };
         let mut tokens = Vec::new();
-        while let Some(Event::Token(token)) = events.next_if(|event| matches!(event, Event::Token(_))) {
-            tokens.push(token.clone());
+        let is_of_text = |event: &&Event| matches!(event, Event::Token(_) | Event::Routing(_));
+        while let Some(event) = events.next_if(is_of_text) {
+            if let Event::Token(token) = event {
+                tokens.push(token.clone());
+            }
         }
         if !tokens.is_empty() {
             let whole = Event::Progress { num_computed_tokens: self.request.prompt.len() as u32 };
@@ -128,6 +132,47 @@ impl Client {
             assert_eq!(end, alone.reason);
             assert_eq!(tokens.len(), alone.tokens.len());
             assert_eq!(scores, alone.prompt_logprobs.as_ref());
+        }
+    }
+}
+
+impl Client {
+    /// Compares the routing that was told with where the model sends tokens: each position that was asked for once and
+    /// in order, and the record of all that a token was taken from before that token.
+    pub(crate) fn check_routing(&self, runner: &FakeRunner) {
+        let (text, state) = (self.text(), self.state());
+        let prompt_len = self.request.prompt.len();
+        let Some(wanted) = &self.request.record_routing else {
+            assert!(!state.events.iter().any(|event| matches!(event, Event::Routing(_))));
+            return;
+        };
+        let mut next = if wanted.prompt && self.choice == 0 { 0 } else { prompt_len - 1 };
+        let mut num_tokens = 0;
+        for event in &state.events {
+            match event {
+                Event::Routing(record) => {
+                    assert_eq!((record.start as usize, &record.layers), (next, &wanted.layers));
+                    next = record.end() as usize;
+                    check_record(record, &text, runner);
+                }
+                Event::Token(_) => {
+                    num_tokens += 1;
+                    assert_eq!(next, prompt_len + num_tokens - 1, "a token's record comes before it");
+                }
+                _ => {}
+            }
+        }
+        if self.request.max_tokens == 0 && state.ends == [FinishReason::Length] && !state.has_refused {
+            assert_eq!(next, prompt_len);
+        }
+    }
+}
+
+fn check_record(record: &RoutingRecord, text: &[u32], runner: &FakeRunner) {
+    for (token, position) in (record.start as usize..record.end() as usize).enumerate() {
+        for (index, &layer) in record.layers.iter().enumerate() {
+            let expected = runner.experts(layer as usize, text[position]).map(|expert| expert as u32);
+            assert!(record.choice(token, index).0.iter().copied().eq(expected));
         }
     }
 }

@@ -1,9 +1,10 @@
 //! What a world is made of, drawn small so that everything runs out: blocks, seats, budget, queue, context.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use engine::{EngineConfig, FakeRunner, Request};
-use model::{RunnerLimits, SampleParams};
+use engine::{EngineConfig, FakeRunner, RecordRouting, Request};
+use model::{LayerSteering, RunnerLimits, SampleParams, Steering};
 
 use crate::grammar::Grammar;
 use crate::rng::Rng;
@@ -75,8 +76,20 @@ impl Scenario {
             priority: rng.pick(&[0, 0, 0, 0, -1, 1]),
             deadline: rng.percent(10).then(|| Duration::from_millis(rng.within(0..400) as u64)),
             cache_salt: rng.pick(&[None, None, Some("a".to_owned()), Some("b".to_owned())]),
+            record_routing: rng.percent(20).then(|| draw_recording(rng)),
+            steering: rng.percent(15).then(|| self.draw_steering(rng)),
         }
     }
+
+    /// One in a while asks for more experts than a step has room for, and must be refused.
+    fn draw_steering(&self, rng: &mut Rng) -> Arc<Steering> {
+        let layers = (0..self.limits.num_layers).map(|_| LayerSteering::new(rng.within(1..9))).collect();
+        Arc::new(Steering::new(self.limits.route(), layers, None))
+    }
+}
+
+fn draw_recording(rng: &mut Rng) -> RecordRouting {
+    RecordRouting { layers: rng.pick(&[vec![0, 1], vec![1], vec![0]]), prompt: rng.percent(50) }
 }
 
 /// What bounds a request's choices, now and then.

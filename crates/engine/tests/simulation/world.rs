@@ -115,7 +115,7 @@ impl World {
             }
             Err(error) => {
                 let is_expected = match error {
-                    SubmitError::Invalid { field, .. } => field == "prompt",
+                    SubmitError::Invalid { field, .. } => field == "prompt" || field == "moe",
                     SubmitError::QueueFull { .. } => waiting > 0,
                     SubmitError::Draining => self.handle.stats().is_draining,
                     SubmitError::Stopped => false,
@@ -165,6 +165,7 @@ impl World {
         let mut finished = [0; FinishReason::COUNT];
         for client in clients.iter() {
             client.check(&run_alone(&self.scenario.runner, client));
+            client.check_routing(&self.scenario.runner);
             finished[client.state().ends[0].index()] += 1;
         }
         self.check_secrecy(&clients);
@@ -173,21 +174,23 @@ impl World {
         assert_eq!(stats.generation_tokens, num_offered, "every token is counted, whatever the end");
         let RunnerLimits { num_layers, top_k, .. } = self.scenario.limits;
         let num_visits = self.num_tokens_run.load(Relaxed) * (num_layers * top_k) as u64;
-        assert_eq!(stats.expert_tokens.iter().sum::<u64>(), num_visits);
+        assert_eq!(stats.routing.experts.iter().map(|load| load.num_tokens).sum::<u64>(), num_visits);
         stats
     }
 }
 
 impl World {
     /// Whoever found tokens in the cache knew somebody who had put them there: a choice of the same request,
-    /// or with a prefix cache one of the same salt.
+    /// or with a prefix cache one of the same salt, if neither is steered.
     fn check_secrecy(&self, clients: &[Client]) {
         let texts: Vec<Vec<u32>> = clients.iter().map(Client::text).collect();
         for client in clients {
             let cached = &client.request.prompt[..client.num_cached_tokens()];
             let may_share = |other: &Client| match self.scenario.config.enable_prefix_cache {
-                true => other.request.cache_salt == client.request.cache_salt,
-                false => Arc::ptr_eq(&other.request, &client.request),
+                true if client.request.steering.is_none() && other.request.steering.is_none() => {
+                    other.request.cache_salt == client.request.cache_salt
+                }
+                _ => Arc::ptr_eq(&other.request, &client.request),
             };
             let is_source = |(other, text): (&Client, &Vec<u32>)| {
                 !other.is(client) && may_share(other) && text.starts_with(cached)

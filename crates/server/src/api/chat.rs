@@ -5,12 +5,14 @@
 
 use axum::extract::{Request, State};
 use axum::response::Response;
+use model::RoutingRecord;
 use serde::Serialize;
 use serde_json::Value;
 
 use super::fields::{Fields, wrong_value};
 use super::messages;
 use super::params::{Generate, Params, token_budget};
+use super::routing::WrittenRouting;
 use super::tools::{self, Tools};
 use crate::answer::{Aside, Meta, Wording, respond};
 use crate::body::read_json;
@@ -19,6 +21,7 @@ use crate::config::limits;
 use crate::error::{ApiError, quoted};
 use crate::generation::{Arrival, Generation};
 use crate::logprobs::{TokenScore, TokenText};
+use crate::routing::wire::RoutingBody;
 use crate::state::AppState;
 use crate::text::model::{TextError, TextModel};
 use crate::tool_calls::ToolCall;
@@ -59,6 +62,7 @@ pub(crate) async fn chat_completions(
         has_logprobs: chat.top_logprobs.is_some(),
         returns_token_ids: chat.params.returns_token_ids,
         prompt_token_ids,
+        routing: chat.params.routing.written,
     };
     respond(generation, wording, meta, &chat.params, &state).await
 }
@@ -163,6 +167,7 @@ struct ChatWording {
     has_logprobs: bool,
     returns_token_ids: bool,
     prompt_token_ids: Option<Vec<u32>>,
+    routing: Option<WrittenRouting>,
 }
 
 #[derive(Serialize)]
@@ -173,6 +178,8 @@ struct Choice {
     finish_reason: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     token_ids: Option<Vec<u32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    routing: Option<RoutingBody>,
 }
 
 #[derive(Serialize)]
@@ -192,6 +199,8 @@ struct ChunkChoice {
     finish_reason: Option<&'static str>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     token_ids: Vec<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    routing: Option<RoutingBody>,
 }
 
 #[derive(Default, Serialize)]
@@ -259,7 +268,7 @@ impl Wording for ChatWording {
 
     fn chunk(&self, index: usize, delta: Delta) -> Option<ChunkChoice> {
         let is_empty = delta.text.is_empty() && delta.scores.is_empty() && delta.tool_calls.is_empty();
-        if is_empty && delta.token_ids.is_empty() {
+        if is_empty && delta.token_ids.is_empty() && delta.routing.is_none() {
             return None;
         }
         let tool_calls =
@@ -273,6 +282,7 @@ impl Wording for ChatWording {
             logprobs: self.logprobs(delta.scores),
             finish_reason: None,
             token_ids: delta.token_ids,
+            routing: self.routing_body(delta.routing),
         })
     }
 
@@ -282,7 +292,14 @@ impl Wording for ChatWording {
 
     fn silence(&self, index: usize) -> ChunkChoice {
         let delta = DeltaMessage::default();
-        ChunkChoice { index, delta, logprobs: None, finish_reason: None, token_ids: Vec::new() }
+        ChunkChoice {
+            index,
+            delta,
+            logprobs: None,
+            finish_reason: None,
+            token_ids: Vec::new(),
+            routing: None,
+        }
     }
 
     fn aside(&mut self, answers: &mut [Delta]) -> Aside {
@@ -308,7 +325,12 @@ impl ChatWording {
             logprobs: self.logprobs(answer.scores),
             finish_reason: answer.ending.unwrap_or(Ending::Stop).as_str(),
             token_ids: self.returns_token_ids.then_some(answer.token_ids),
+            routing: self.routing_body(answer.routing),
         }
+    }
+
+    fn routing_body(&self, record: Option<RoutingRecord>) -> Option<RoutingBody> {
+        self.routing.zip(record).map(|(written, record)| written.body(record))
     }
 
     fn logprobs(&self, scores: Vec<TokenScore>) -> Option<Logprobs> {

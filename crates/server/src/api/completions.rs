@@ -5,12 +5,14 @@
 
 use axum::extract::{Request, State};
 use axum::response::Response;
+use model::RoutingRecord;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::fields::{Fields, wrong_value};
 use super::params::{Generate, Params, token_budget};
 use super::prompts::{self, EncodedPrompt, Prompt};
+use super::routing::WrittenRouting;
 use crate::answer::{Meta, Wording, respond};
 use crate::body::read_json;
 use crate::choice_text::{Delta, Ending, TextOptions};
@@ -18,6 +20,7 @@ use crate::config::limits;
 use crate::error::ApiError;
 use crate::generation::{Arrival, Generation};
 use crate::logprobs::{PromptLogprobs, TokenScore};
+use crate::routing::wire::RoutingBody;
 use crate::state::AppState;
 use crate::text::model::TextModel;
 
@@ -58,8 +61,13 @@ pub(crate) async fn completions(
         num_prompt_logprobs: completion.params.num_prompt_logprobs,
     };
     let generation = Generation::start(&state, requests, &text, arrival, "prompt")?;
-    let wording =
-        CompletionWording { n: completion.params.n as usize, options: completion.options, echoes, prompts };
+    let wording = CompletionWording {
+        n: completion.params.n as usize,
+        options: completion.options,
+        echoes,
+        prompts,
+        routing: completion.params.routing.written,
+    };
     respond(generation, wording, meta, &completion.params, &state).await
 }
 
@@ -149,6 +157,7 @@ struct CompletionWording {
     echoes: Vec<String>,
     /// One per prompt if token ids are wanted, else none.
     prompts: Vec<Vec<u32>>,
+    routing: Option<WrittenRouting>,
 }
 
 #[derive(Serialize)]
@@ -163,6 +172,8 @@ struct Choice<Finish> {
     token_ids: Option<Vec<u32>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_logprobs: Option<PromptLogprobs>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    routing: Option<RoutingBody>,
 }
 
 #[derive(Default, Serialize)]
@@ -196,12 +207,14 @@ impl Wording for CompletionWording {
         let echo = if delta.prompt_scores.is_some() { self.echoes[index / self.n].as_str() } else { "" };
         let prompt_scores = delta.prompt_scores.take().unwrap_or_default();
         let is_empty = delta.text.is_empty() && delta.scores.is_empty() && prompt_scores.is_empty();
-        if is_empty && delta.token_ids.is_empty() {
+        if is_empty && delta.token_ids.is_empty() && delta.routing.is_none() {
             return None;
         }
         let logprobs = self.logprobs(prompt_scores, delta.scores, self.num_echoed_chars(index / self.n));
         let token_ids = Some(delta.token_ids).filter(|ids| !ids.is_empty());
-        Some(Choice { text: format!("{echo}{}", delta.text), logprobs, token_ids, ..self.silence(index) })
+        let routing = self.routing_body(delta.routing);
+        let text = format!("{echo}{}", delta.text);
+        Some(Choice { text, logprobs, token_ids, routing, ..self.silence(index) })
     }
 
     fn closing(&self, index: usize, ending: Ending) -> Self::ChunkChoice {
@@ -217,6 +230,7 @@ impl Wording for CompletionWording {
             prompt_token_ids: None,
             token_ids: None,
             prompt_logprobs: None,
+            routing: None,
         }
     }
 
@@ -253,7 +267,12 @@ impl CompletionWording {
             prompt_token_ids: self.prompt_token_ids(prompt_index),
             token_ids: (!self.prompts.is_empty()).then_some(answer.token_ids),
             prompt_logprobs: answer.prompt_logprobs,
+            routing: self.routing_body(answer.routing),
         }
+    }
+
+    fn routing_body(&self, record: Option<RoutingRecord>) -> Option<RoutingBody> {
+        self.routing.zip(record).map(|(written, record)| written.body(record))
     }
 
     fn prompt_token_ids(&self, prompt_index: usize) -> Option<Vec<u32>> {

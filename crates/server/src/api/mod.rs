@@ -8,6 +8,8 @@ pub(crate) mod prompts;
 pub(crate) mod tools;
 
 pub(crate) mod params;
+pub(crate) mod routing;
+pub(crate) mod routing_analysis;
 
 pub(crate) mod cancel;
 pub(crate) mod models;

@@ -11,6 +11,7 @@ use model::SampleParams;
 use serde_json::Value;
 
 use super::fields::{Fields, integer_at, list_at, missing, number_at, string_at, wrong_type, wrong_value};
+use super::routing::RoutingParams;
 use crate::answer::StreamOptions;
 use crate::config::limits;
 use crate::error::{ApiError, quoted};
@@ -24,6 +25,7 @@ pub(crate) struct Params {
     pub(crate) stops: Vec<String>,
     pub(crate) streamed: Option<StreamOptions>,
     pub(crate) service_tier: Option<&'static str>,
+    pub(crate) routing: RoutingParams,
     sampling: SampleParams,
     min_tokens: u32,
     ignore_eos: bool,
@@ -63,6 +65,7 @@ impl Params {
             stops: take_stops(fields)?,
             streamed,
             service_tier: take_service_tier(fields)?,
+            routing: RoutingParams::take(fields, state.engine.limits())?,
             sampling: take_sampling(fields, vocab_size)?,
             min_tokens: fields.integer("min_tokens", 0..=i64::from(u32::MAX))?.unwrap_or(0) as u32,
             ignore_eos: fields.boolean("ignore_eos")?.unwrap_or(false),
@@ -104,6 +107,8 @@ impl Params {
             priority: self.priority,
             deadline: self.deadline,
             cache_salt: self.cache_salt.clone(),
+            record_routing: self.routing.record.clone(),
+            steering: self.routing.steering.clone(),
         })
     }
 }

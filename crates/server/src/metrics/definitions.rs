@@ -136,7 +136,32 @@ pub(super) const DEFINITIONS: &[Definition] = &[
     define(
         "windrose_expert_tokens_total",
         "counter",
-        "tokens computed by each expert, by layer and expert; in the last layer only those whose logits were wanted",
+        "tokens computed by each expert, by layer and expert; in the last layer mostly those whose logits were wanted",
+        None,
+    ),
+    define(
+        "windrose_expert_gate_weight_total",
+        "counter",
+        "sum of the gate weights of those tokens, by layer and expert",
+        None,
+    ),
+    define("windrose_routing_steps_total", "counter", "steps in which a layer routed tokens, by layer", None),
+    define(
+        "windrose_routing_distinct_experts_total",
+        "counter",
+        "experts that had tokens in a step, summed over steps, by layer",
+        None,
+    ),
+    define(
+        "windrose_routing_imbalance_total",
+        "counter",
+        "tokens of a step's busiest expert over the mean of all experts, summed over steps, by layer",
+        None,
+    ),
+    define(
+        "windrose_routing_entropy_bits_total",
+        "counter",
+        "entropy of the experts' shares of a step's tokens, summed over steps, by layer",
         None,
     ),
 ];

@@ -4,6 +4,7 @@ use engine::{EngineHandle, FinishReason, Stats};
 use prometheus::{Gauge, GaugeVec, IntCounter, IntCounterVec};
 
 use super::Registration;
+use super::routing_series::{RoutingSeries, raise};
 
 /// A series, and how its value is read.
 type Copied<Series, Value> = (Series, fn(&Stats) -> Value);
@@ -14,8 +15,7 @@ pub(super) struct EngineSeries {
     counters: Vec<Copied<IntCounter, u64>>,
     blocks: GaugeVec,
     finished: IntCounterVec,
-    /// `[num_layers, num_experts]`
-    expert_tokens: Vec<IntCounter>,
+    routing: RoutingSeries,
 }
 
 impl EngineSeries {
@@ -24,11 +24,6 @@ impl EngineSeries {
         let info = new.gauges("vllm:cache_config_info", &["block_size", "num_gpu_blocks"])?;
         let num_blocks = engine.stats().num_blocks;
         info.with_label_values(&[limits.block_size.to_string(), num_blocks.to_string()]).set(1.0);
-        let experts = new.counters("windrose_expert_tokens_total", &["layer", "expert"])?;
-        let expert = |index: usize| {
-            let (layer, expert) = (index / limits.num_experts, index % limits.num_experts);
-            experts.with_label_values(&[layer.to_string(), expert.to_string()])
-        };
         Ok(Self {
             gauges: vec![
                 (new.gauge("windrose_requests_waiting")?, |stats| stats.num_waiting as f64),
@@ -49,29 +44,24 @@ impl EngineSeries {
             ],
             blocks: new.gauges("windrose_kv_blocks", &["state"])?,
             finished: new.counters("windrose_sequences_finished_total", &["finished_reason"])?,
-            expert_tokens: (0..limits.num_layers * limits.num_experts).map(expert).collect(),
+            routing: RoutingSeries::new(new, limits)?,
         })
     }
 
     pub(super) fn copy(&self, stats: &Stats) {
         self.gauges.iter().for_each(|(gauge, read)| gauge.set(read(stats)));
-        self.counters.iter().for_each(|(counter, read)| set(counter, read(stats)));
+        self.counters.iter().for_each(|(counter, read)| raise(counter, read(stats)));
         let empty = stats.num_free_blocks.saturating_sub(stats.num_cached_blocks);
         let by_state =
             [("held", num_held_blocks(stats)), ("cached", stats.num_cached_blocks), ("empty", empty)];
         by_state.iter().for_each(|(state, num)| self.blocks.with_label_values(&[*state]).set(*num as f64));
         for reason in FinishReason::ALL {
-            set(&self.finished.with_label_values(&[reason.as_str()]), stats.finished[reason.index()]);
+            raise(&self.finished.with_label_values(&[reason.as_str()]), stats.finished[reason.index()]);
         }
-        self.expert_tokens.iter().zip(&stats.expert_tokens).for_each(|(counter, &num)| set(counter, num));
+        self.routing.copy(&stats.routing);
     }
 }
 
 fn num_held_blocks(stats: &Stats) -> usize {
     stats.num_blocks.saturating_sub(stats.num_free_blocks)
-}
-
-/// Copies a counter that another keeps.
-fn set(counter: &IntCounter, value: u64) {
-    counter.inc_by(value.saturating_sub(counter.get()));
 }

@@ -10,14 +10,15 @@
 
 mod definitions;
 mod engine_series;
+mod routing_series;
 
 use std::sync::{Mutex, PoisonError};
 
 use engine::{EngineHandle, FinishReason, Stats};
 use prometheus::core::Collector;
 use prometheus::{
-    Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry, TextEncoder,
-    exponential_buckets,
+    CounterVec, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry,
+    TextEncoder, exponential_buckets,
 };
 
 pub use definitions::metric_names;
@@ -121,6 +122,10 @@ impl Registration {
 
     fn counters(&self, name: &str, labels: &[&str]) -> prometheus::Result<IntCounterVec> {
         self.add(IntCounterVec::new(Self::options(name), labels)?)
+    }
+
+    fn real_counters(&self, name: &str, labels: &[&str]) -> prometheus::Result<CounterVec> {
+        self.add(CounterVec::new(Self::options(name), labels)?)
     }
 
     fn gauge(&self, name: &str) -> prometheus::Result<Gauge> {

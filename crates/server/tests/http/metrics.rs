@@ -8,7 +8,7 @@ use server::metric_names;
 use crate::support::{Server, ids, say, scripted, server};
 
 /// The contract. A name may be added; none may change or go.
-const GOLDEN: [(&str, &str); 37] = [
+const GOLDEN: [(&str, &str); 42] = [
     ("vllm:cache_config_info", "gauge"),
     ("vllm:e2e_request_latency_seconds", "histogram"),
     ("vllm:generation_tokens_total", "counter"),
@@ -28,6 +28,11 @@ const GOLDEN: [(&str, &str); 37] = [
     ("windrose_engine_steps_total", "counter"),
     ("windrose_engine_up", "gauge"),
     ("windrose_expert_tokens_total", "counter"),
+    ("windrose_expert_gate_weight_total", "counter"),
+    ("windrose_routing_steps_total", "counter"),
+    ("windrose_routing_distinct_experts_total", "counter"),
+    ("windrose_routing_imbalance_total", "counter"),
+    ("windrose_routing_entropy_bits_total", "counter"),
     ("windrose_generation_tokens_total", "counter"),
     ("windrose_http_requests_total", "counter"),
     ("windrose_inter_token_latency_seconds", "histogram"),

@@ -6,7 +6,7 @@
 //!
 //! Behind the last layer's attention only those tokens are computed whose logits are wanted, and only those count.
 
-use model::{ModelConfig, ModelSummary};
+use model::{ExpertLoad, ModelConfig, ModelSummary};
 
 /// Bits of a router's weight.
 const ROUTER_BITS: f64 = 16.0;
@@ -46,9 +46,9 @@ impl Cost {
         }
     }
 
-    /// Bytes of the weights that a step touched; `expert_tokens` is `[num_layers, num_experts]`.
-    pub(super) fn weight_bytes(&self, num_logits: usize, expert_tokens: &[u64]) -> u64 {
-        let num_touched = expert_tokens.iter().filter(|&&num_tokens| num_tokens > 0).count() as u64;
+    /// Bytes of the weights that a step touched; `loads` is `[num_layers, num_experts]`.
+    pub(super) fn weight_bytes(&self, num_logits: usize, loads: &[ExpertLoad]) -> u64 {
+        let num_touched = loads.iter().filter(|load| load.num_tokens > 0).count() as u64;
         let (num_finished, lm_head) =
             if num_logits > 0 { (self.num_layers, self.lm_head) } else { (self.num_layers - 1, 0) };
         let products =
@@ -80,9 +80,9 @@ mod tests {
         let embedding = if config.tie_word_embeddings { 0 } else { config.vocab_size * config.hidden_size };
         let expected = summary.active_parameters - (norms + embedding) as u64;
 
-        let mut one_token = vec![0; config.num_layers * config.route.num_experts];
+        let mut one_token = vec![ExpertLoad::default(); config.num_layers * config.route.num_experts];
         for layer in one_token.chunks_mut(config.route.num_experts) {
-            layer[..config.route.top_k].fill(1);
+            layer[..config.route.top_k].fill(ExpertLoad { num_tokens: 1, gate_weight: 0.5 });
         }
         assert_eq!(cost.weight_bytes(1, &one_token), 2 * expected);
         assert_eq!(cost.operations(1, 1), 2 * expected);

@@ -154,7 +154,7 @@ impl Sequences {
             seconds,
             num_steps: 1,
             num_tokens,
-            weight_bytes: self.cost.weight_bytes(num_logits, &output.expert_tokens),
+            weight_bytes: self.cost.weight_bytes(num_logits, &output.expert_loads),
             operations: self.cost.operations(num_tokens, num_logits),
         })
     }
