@@ -5,16 +5,11 @@
 //! `finish_reason`, usage and timings if they were asked for, `[DONE]`. An error after the stream began is an event with
 //! an `error` object, and nothing follows it: a stream without `[DONE]` is not complete.
 
-use std::collections::VecDeque;
-use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
-use axum::http::{HeaderName, HeaderValue};
-use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use futures_util::{Stream, stream};
 use serde::Serialize;
 
 use crate::api::params::Params;
@@ -23,6 +18,7 @@ use crate::choice_text::{Delta, Ending};
 use crate::error::{ApiError, ErrorEnvelope};
 use crate::generation::{Generation, Usage};
 use crate::logprobs::PromptLogprobs;
+use crate::narration::{Events, Narrator, narrate};
 use crate::random;
 use crate::state::{AppState, unix_now};
 use crate::timing::Timings;
@@ -76,8 +72,8 @@ pub(crate) struct Aside {
 #[derive(Debug, Clone)]
 pub(crate) struct Meta {
     id: String,
-    created: u64,
-    model: Arc<str>,
+    pub(crate) created: u64,
+    pub(crate) model: Arc<str>,
     system_fingerprint: Arc<str>,
     service_tier: Option<&'static str>,
 }
@@ -168,107 +164,73 @@ pub(crate) async fn respond<W: Wording>(
         let envelope = Envelope::new(&meta, W::OBJECT, choices, Some(Some(generation.usage())), aside);
         return Ok(Json(envelope).into_response());
     };
-    let events = VecDeque::new();
-    let mut answer =
-        StreamedAnswer { generation, wording, meta, options, has_timings, events, is_over: false };
-    answer.open();
     let keep_alive_interval = options.keep_alive_interval.unwrap_or(state.config.keep_alive_interval);
-    Ok(sse(stream::unfold(answer, StreamedAnswer::next), keep_alive_interval))
+    Ok(narrate(generation, ChunkNarrator { wording, meta, options, has_timings }, keep_alive_interval))
 }
 
-/// Events as a response that is kept open and passed on at once.
-pub(crate) fn sse(
-    events: impl Stream<Item = Result<Event, Infallible>> + Send + 'static,
-    keep_alive_interval: Option<Duration>,
-) -> Response {
-    let sse = Sse::new(events);
-    let mut response = match keep_alive_interval {
-        Some(interval) => {
-            sse.keep_alive(KeepAlive::new().interval(interval).text("keep-alive")).into_response()
-        }
-        None => sse.into_response(),
-    };
-    // Tells nginx and its kin not to collect the events.
-    response
-        .headers_mut()
-        .insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
-    response
-}
-
-/// An answer as it is streamed. Dropping it, as the HTTP server does when the client leaves, drops the
-/// generation.
-struct StreamedAnswer<W> {
-    generation: Generation,
+/// An answer as it is streamed.
+struct ChunkNarrator<W> {
     wording: W,
     meta: Meta,
     options: StreamOptions,
     has_timings: bool,
-    /// Events that are ready to go.
-    events: VecDeque<Event>,
-    is_over: bool,
 }
 
-impl<W: Wording> StreamedAnswer<W> {
-    async fn next(mut self) -> Option<(Result<Event, Infallible>, Self)> {
-        while self.events.is_empty() && !self.is_over {
-            match self.generation.next().await {
-                Some(Ok((index, delta))) => self.push_delta(index, delta),
-                Some(Err(error)) => self.fail(&error),
-                None => self.close(),
-            }
-        }
-        let event = self.events.pop_front()?;
-        Some((Ok(event), self))
-    }
-
-    fn open(&mut self) {
+impl<W: Wording> Narrator for ChunkNarrator<W> {
+    fn open(&mut self, generation: &Generation, events: &mut Events) {
         let mut aside = self.wording.aside(&mut []);
         for choice in self.wording.opening() {
-            self.push_choice(choice, std::mem::take(&mut aside));
+            self.push_choice(choice, std::mem::take(&mut aside), generation, events);
         }
     }
 
-    fn push_delta(&mut self, index: usize, delta: Delta) {
+    fn tell(&mut self, index: usize, delta: Delta, generation: &Generation, events: &mut Events) {
         let ending = delta.ending;
         if let Some(progress) = delta.progress {
             let aside = Aside { prompt_progress: Some(progress), ..Aside::default() };
-            self.push_choice(self.wording.silence(index), aside);
+            self.push_choice(self.wording.silence(index), aside, generation, events);
         }
         if let Some(choice) = self.wording.chunk(index, delta) {
-            self.push_choice(choice, Aside::default());
+            self.push_choice(choice, Aside::default(), generation, events);
         }
         if let Some(ending) = ending {
-            self.push_choice(self.wording.closing(index, ending), Aside::default());
+            self.push_choice(self.wording.closing(index, ending), Aside::default(), generation, events);
         }
     }
 
-    fn push_choice(&mut self, choice: W::ChunkChoice, aside: Aside) {
-        let so_far = self.options.continuous_usage.then(|| self.generation.usage());
-        self.push_chunk(vec![choice], self.options.include_usage.then_some(so_far), aside);
-    }
-
-    fn push_chunk(&mut self, choices: Vec<W::ChunkChoice>, usage: Option<Option<Usage>>, aside: Aside) {
-        let event =
-            Event::default().json_data(Envelope::new(&self.meta, W::CHUNK_OBJECT, choices, usage, aside));
-        match event {
-            Ok(event) => self.events.push_back(event),
-            Err(_) => self.fail(&ApiError::internal()),
-        }
-    }
-
-    fn close(&mut self) {
-        let usage = self.options.include_usage.then(|| Some(self.generation.usage()));
-        let timings = self.has_timings.then(|| self.generation.timings());
+    fn close(&mut self, generation: &Generation, events: &mut Events) {
+        let usage = self.options.include_usage.then(|| Some(generation.usage()));
+        let timings = self.has_timings.then(|| generation.timings());
         if usage.is_some() || timings.is_some() {
-            self.push_chunk(Vec::new(), usage, Aside { timings, ..Aside::default() });
+            self.push_chunk(Vec::new(), usage, Aside { timings, ..Aside::default() }, events);
         }
-        self.events.push_back(Event::default().data("[DONE]"));
-        self.is_over = true;
+        events.push_word("[DONE]");
     }
 
-    fn fail(&mut self, error: &ApiError) {
-        let event = Event::default().json_data(ErrorEnvelope { error: &error.body });
-        self.events.extend(event.ok());
-        self.is_over = true;
+    fn fail(&mut self, error: &ApiError, _generation: &Generation, events: &mut Events) {
+        events.push(&ErrorEnvelope { error: &error.body });
+    }
+}
+
+impl<W: Wording> ChunkNarrator<W> {
+    fn push_choice(
+        &self,
+        choice: W::ChunkChoice,
+        aside: Aside,
+        generation: &Generation,
+        events: &mut Events,
+    ) {
+        let so_far = self.options.continuous_usage.then(|| generation.usage());
+        self.push_chunk(vec![choice], self.options.include_usage.then_some(so_far), aside, events);
+    }
+
+    fn push_chunk(
+        &self,
+        choices: Vec<W::ChunkChoice>,
+        usage: Option<Option<Usage>>,
+        aside: Aside,
+        events: &mut Events,
+    ) {
+        events.push(&Envelope::new(&self.meta, W::CHUNK_OBJECT, choices, usage, aside));
     }
 }

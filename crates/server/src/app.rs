@@ -14,7 +14,7 @@ use axum::routing::{get, post};
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{AllowOrigin, CorsLayer};
 
-use crate::api::{cancel, chat, completions, models, routing_analysis, tokenize};
+use crate::api::{cancel, chat, completions, models, responses, routing_analysis, tokenize};
 use crate::error::ApiError;
 use crate::lifecycle::Phase;
 use crate::state::AppState;
@@ -26,12 +26,15 @@ pub fn app(state: AppState) -> Router {
         .route("/v1/chat/completions", post(chat::chat_completions))
         .route("/v1/completions", post(completions::completions))
         .route("/v1/routing/analyze", post(routing_analysis::analyze))
+        .route("/v1/responses", post(responses::create))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
         .route_layer(from_fn_with_state(state.clone(), refuse_while_draining));
     let router = Router::new()
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::get))
+        .route("/v1/responses/{id}", get(responses::stored::get).delete(responses::stored::delete))
+        .route("/v1/responses/{id}/input_items", get(responses::stored::input_items))
         .route("/v1/cancel/{id}", post(cancel::cancel))
         .route("/livez", get(health::live))
         .route("/readyz", get(health::ready))
@@ -91,6 +94,7 @@ fn known_method(method: &Method) -> &'static str {
     match method.as_str() {
         "GET" => "GET",
         "POST" => "POST",
+        "DELETE" => "DELETE",
         "HEAD" => "HEAD",
         "OPTIONS" => "OPTIONS",
         _ => "other",
@@ -102,9 +106,10 @@ fn cors(origins: &[String]) -> CorsLayer {
     let any = origins.iter().any(|origin| origin == "*");
     let listed = origins.iter().filter_map(|origin| HeaderValue::from_str(origin).ok());
     let request_id = HeaderName::from_static("x-request-id");
+    let api_key = HeaderName::from_static("x-api-key");
     CorsLayer::new()
         .allow_origin(if any { AllowOrigin::any() } else { AllowOrigin::list(listed) })
-        .allow_methods([Method::GET, Method::POST])
-        .allow_headers([AUTHORIZATION, CONTENT_TYPE, request_id.clone()])
+        .allow_methods([Method::GET, Method::POST, Method::DELETE])
+        .allow_headers([AUTHORIZATION, CONTENT_TYPE, api_key, request_id.clone()])
         .expose_headers([request_id])
 }

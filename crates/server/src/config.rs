@@ -29,6 +29,10 @@ pub struct ServerConfig {
     pub max_choices_per_request: usize,
     /// Most texts tokenized at the same time; others wait.
     pub max_concurrent_encodes: usize,
+    /// Most responses kept for `previous_response_id`; the oldest leave first.
+    pub max_stored_responses: usize,
+    /// Most bytes of these together.
+    pub max_stored_response_bytes: usize,
     /// Most connections; others wait in the listener's backlog.
     pub max_connections: usize,
     /// Most bytes of a request's head; above it the answer is 431.
@@ -65,6 +69,8 @@ impl Default for ServerConfig {
             max_prompts: 1024,
             max_choices_per_request: 1024,
             max_concurrent_encodes: std::thread::available_parallelism().map_or(1, usize::from),
+            max_stored_responses: 1024,
+            max_stored_response_bytes: 64 << 20,
             max_connections: 4096,
             max_header_bytes: 64 << 10,
             header_read_timeout: Duration::from_secs(30),

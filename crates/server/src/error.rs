@@ -179,6 +179,28 @@ impl ApiError {
         }
     }
 
+    /// 400: there is no such response to go on from, or it is another key's.
+    pub(crate) fn previous_response_not_found(id: &str) -> Self {
+        let message = format!("Previous response with id {} not found.", quoted(id));
+        Self::invalid("previous_response_id", "previous_response_not_found", message)
+    }
+
+    /// 404: there is no such response, or it is another key's.
+    pub(crate) fn response_not_found(id: &str) -> Self {
+        let message = format!("Response with id {} not found.", quoted(id));
+        Self::refused(StatusCode::NOT_FOUND, "response_not_found", message).at("id")
+    }
+
+    /// Speaks of the field as the endpoint calls it, where its words were translated into a chat's.
+    pub(crate) fn renamed(mut self, name: impl FnOnce(&str) -> String) -> Self {
+        if let Some(old) = self.body.param.take() {
+            let new = name(&old);
+            self.body.message = self.body.message.replace(&format!("'{old}'"), &format!("'{new}'"));
+            self.body.param = Some(new);
+        }
+        self
+    }
+
     /// Names the field that is wrong, by its path in the JSON body.
     pub(crate) fn at(mut self, param: impl Into<String>) -> Self {
         self.body.param = Some(param.into());

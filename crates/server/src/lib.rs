@@ -24,8 +24,10 @@ mod choice;
 mod choice_text;
 mod generation;
 mod logprobs;
+mod narration;
 mod routing;
 mod running;
+mod stored;
 mod timing;
 mod tool_calls;
 

@@ -12,6 +12,7 @@ use crate::error::ApiError;
 use crate::lifecycle::Lifecycle;
 use crate::metrics::Metrics;
 use crate::running::Running;
+use crate::stored::StoredResponses;
 use crate::text::model::{TextError, TextModel};
 
 /// One served model: its words, its engine, and how it is served. Clones share it.
@@ -27,6 +28,7 @@ pub struct Shared {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) lifecycle: Lifecycle,
     pub(crate) running: Arc<Running>,
+    pub(crate) responses: StoredResponses,
     pub(crate) started_at_unix: u64,
     encodes: Semaphore,
 }
@@ -52,6 +54,7 @@ impl AppState {
     ) -> Result<Self, prometheus::Error> {
         let metrics = Arc::new(Metrics::new(&config.model_name, &engine)?);
         let encodes = Semaphore::new(config.max_concurrent_encodes.max(1));
+        let responses = StoredResponses::new(config.max_stored_responses, config.max_stored_response_bytes);
         let (lifecycle, started_at_unix) = (Lifecycle::new(), unix_now());
         Ok(Self(Arc::new(Shared {
             config,
@@ -61,6 +64,7 @@ impl AppState {
             metrics,
             lifecycle,
             running: Arc::default(),
+            responses,
             started_at_unix,
             encodes,
         })))

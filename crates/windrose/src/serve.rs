@@ -143,6 +143,8 @@ fn server_config(settings: &Settings, model: &Model) -> Result<ServerConfig> {
         max_body_bytes: settings.max_body_bytes,
         max_prompt_bytes: settings.max_prompt_bytes,
         max_choices_per_request: settings.max_choices_per_request,
+        max_stored_responses: settings.max_stored_responses,
+        max_stored_response_bytes: settings.stored_responses_mib.saturating_mul(1 << 20),
         max_connections: settings.max_connections,
         header_read_timeout: seconds(settings.read_timeout_s),
         body_read_timeout: seconds(settings.read_timeout_s),

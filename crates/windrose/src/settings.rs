@@ -48,6 +48,8 @@ pub(crate) struct Settings {
     pub(crate) max_body_bytes: usize,
     pub(crate) max_prompt_bytes: usize,
     pub(crate) max_choices_per_request: usize,
+    pub(crate) max_stored_responses: usize,
+    pub(crate) stored_responses_mib: usize,
     pub(crate) max_connections: usize,
     pub(crate) read_timeout_s: u64,
     pub(crate) write_timeout_s: u64,

@@ -3,8 +3,8 @@
 //! Its reader gets what there is, as if a limit had cut it (`finish_reason: "length"`): OpenAI's clients know
 //! no other word for an answer that is not whole. Leaving a stream needs none of this; it cancels too.
 
-use axum::extract::{Path, Request, State};
-use axum::{Json, RequestExt};
+use axum::Json;
+use axum::extract::{Extension, Path, State};
 use serde_json::{Value, json};
 
 use crate::auth::Caller;
@@ -14,10 +14,10 @@ use crate::state::AppState;
 /// Cancels the caller's answer of this id.
 pub(crate) async fn cancel(
     State(state): State<AppState>,
-    mut request: Request,
+    Extension(caller): Extension<Caller>,
+    Path(id): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
-    let Path(id) = request.extract_parts::<Path<String>>().await.map_err(|_| ApiError::internal())?;
-    if state.running.cancel(&id, Caller::of(&request)) {
+    if state.running.cancel(&id, caller) {
         Ok(Json(json!({"id": id, "object": "cancellation", "cancelled": true})))
     } else {
         Err(ApiError::request_not_found(&id))

@@ -33,41 +33,21 @@ pub(crate) async fn chat_completions(
 ) -> Result<Response, ApiError> {
     let arrival = Arrival::of(&request);
     let fields = read_json(&state, request).await?;
-    let chat = ChatRequest::take(fields, &state)?;
-    let (conversation, max_bytes) = (chat.conversation, state.config.max_prompt_bytes);
-    let prompt = state.with_text("messages", move |text| conversation.encode(text, max_bytes)).await?;
+    let mut chat = ChatRequest::take(fields, &state)?;
     let meta = Meta::new(&state, "chatcmpl-", chat.params.service_tier);
-    let max_model_len = state.engine.limits().max_model_len;
-    let generate = Generate {
-        id: meta.id().to_owned(),
-        max_tokens: token_budget(prompt.len(), chat.max_tokens, u32::MAX, max_model_len, "messages")?,
-        prompt,
-        num_choices: chat.params.n,
-        num_logprobs: chat.top_logprobs,
-        num_prompt_logprobs: None,
-    };
-    let options = TextOptions {
-        continues_prompt: false,
-        stops: chat.params.stops.clone(),
-        tool_calls_token: state.text.tool_calls_token.filter(|_| chat.has_tools),
-        single_tool_call: chat.single_tool_call,
-        returns_token_ids: chat.params.returns_token_ids,
-        num_prompt_logprobs: chat.params.num_prompt_logprobs,
-    };
-    let prompt_token_ids = chat.params.returns_token_ids.then(|| generate.prompt.clone());
-    let request = chat.params.request(&state, generate)?;
-    let generation = Generation::start(&state, vec![request], &options, arrival, "messages")?;
+    let (generation, prompt) = chat.start(&state, meta.id(), arrival).await?;
     let wording = ChatWording {
         num_choices: chat.params.n as usize,
         has_logprobs: chat.top_logprobs.is_some(),
         returns_token_ids: chat.params.returns_token_ids,
-        prompt_token_ids,
+        prompt_token_ids: Some(prompt).filter(|_| chat.params.returns_token_ids),
         routing: chat.params.routing.written,
     };
     respond(generation, wording, meta, &chat.params, &state).await
 }
 
 /// Messages and tools, as chat templates read them.
+#[derive(Default)]
 pub(crate) struct Conversation {
     messages: Vec<Value>,
     tools: Vec<Value>,
@@ -89,18 +69,19 @@ impl Conversation {
     }
 }
 
-struct ChatRequest {
+/// A chat as it was asked for. Endpoints with other words for one translate them into a chat's.
+pub(crate) struct ChatRequest {
     conversation: Conversation,
-    params: Params,
+    pub(crate) params: Params,
     max_tokens: Option<u32>,
     /// `None` if no log-probabilities are asked for.
-    top_logprobs: Option<u32>,
+    pub(crate) top_logprobs: Option<u32>,
     has_tools: bool,
     single_tool_call: bool,
 }
 
 impl ChatRequest {
-    fn take(mut fields: Fields, state: &AppState) -> Result<Self, ApiError> {
+    pub(crate) fn take(mut fields: Fields, state: &AppState) -> Result<Self, ApiError> {
         let params = Params::take(&mut fields, state)?;
         let (conversation, tools) = Conversation::take(&mut fields, state)?;
         let max_tokens = take_max_tokens(&mut fields)?;
@@ -116,6 +97,38 @@ impl ChatRequest {
             has_tools,
             single_tool_call: tools.single_call,
         })
+    }
+
+    /// Begins to answer under the name `id`; returns the prompt too. To be called once.
+    pub(crate) async fn start(
+        &mut self,
+        state: &AppState,
+        id: &str,
+        arrival: Arrival,
+    ) -> Result<(Generation, Vec<u32>), ApiError> {
+        let (conversation, max_bytes) =
+            (std::mem::take(&mut self.conversation), state.config.max_prompt_bytes);
+        let prompt = state.with_text("messages", move |text| conversation.encode(text, max_bytes)).await?;
+        let max_model_len = state.engine.limits().max_model_len;
+        let generate = Generate {
+            id: id.to_owned(),
+            max_tokens: token_budget(prompt.len(), self.max_tokens, u32::MAX, max_model_len, "messages")?,
+            prompt: prompt.clone(),
+            num_choices: self.params.n,
+            num_logprobs: self.top_logprobs,
+            num_prompt_logprobs: None,
+        };
+        let options = TextOptions {
+            continues_prompt: false,
+            stops: self.params.stops.clone(),
+            tool_calls_token: state.text.tool_calls_token.filter(|_| self.has_tools),
+            single_tool_call: self.single_tool_call,
+            returns_token_ids: self.params.returns_token_ids,
+            num_prompt_logprobs: self.params.num_prompt_logprobs,
+        };
+        let request = self.params.request(state, generate)?;
+        let generation = Generation::start(state, vec![request], &options, arrival, "messages")?;
+        Ok((generation, prompt))
     }
 }
 
@@ -236,8 +249,9 @@ struct Logprobs {
     refusal: Option<()>,
 }
 
+/// A token of an answer, with what could stand in its place.
 #[derive(Serialize)]
-struct TokenLogprob {
+pub(crate) struct TokenLogprob {
     #[serde(flatten)]
     own: Scored,
     top_logprobs: Vec<Scored>,
@@ -344,7 +358,7 @@ fn worded(call: ToolCall, index: Option<usize>) -> Call {
     Call { index, id: call.id, kind: "function", function }
 }
 
-fn described(score: TokenScore) -> TokenLogprob {
+pub(crate) fn described(score: TokenScore) -> TokenLogprob {
     let scored = |token: TokenText, logprob: f32| Scored { token: token.text(), logprob, bytes: token.bytes };
     let top_logprobs = score.top.into_iter().map(|(token, logprob)| scored(token, logprob)).collect();
     // Generated tokens all have one; only a prompt's first token has none.

@@ -7,5 +7,6 @@ mod errors;
 mod extras;
 mod leaving;
 mod metrics;
+mod responses;
 mod support;
 mod text;
