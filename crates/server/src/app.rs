@@ -1,7 +1,7 @@
 //! The routes, and the layers around them, from the outside in:
 //!
 //! ```text
-//! request id ─► CORS ─► API key ─► HTTP metrics ─► panics caught ─► shutting down? ─► route
+//! request id ─► CORS ─► Anthropic's errors ─► API key ─► HTTP metrics ─► panics caught ─► shutting down? ─► route
 //! ```
 
 use axum::Router;
@@ -14,7 +14,7 @@ use axum::routing::{get, post};
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{AllowOrigin, CorsLayer};
 
-use crate::api::{cancel, chat, completions, models, responses, routing_analysis, tokenize};
+use crate::api::{anthropic, cancel, chat, completions, models, responses, routing_analysis, tokenize};
 use crate::error::ApiError;
 use crate::lifecycle::Phase;
 use crate::state::AppState;
@@ -27,6 +27,8 @@ pub fn app(state: AppState) -> Router {
         .route("/v1/completions", post(completions::completions))
         .route("/v1/routing/analyze", post(routing_analysis::analyze))
         .route("/v1/responses", post(responses::create))
+        .route("/v1/messages", post(anthropic::messages))
+        .route("/v1/messages/count_tokens", post(anthropic::count_tokens))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
         .route_layer(from_fn_with_state(state.clone(), refuse_while_draining));
@@ -47,6 +49,7 @@ pub fn app(state: AppState) -> Router {
         .layer(CatchPanicLayer::custom(|_| ApiError::internal().into_response()))
         .layer(from_fn_with_state(state.clone(), count_request))
         .layer(from_fn_with_state(state.clone(), auth::authenticate));
+    let router = router.layer(from_fn(anthropic::error::reword));
     let origins = &state.config.cors_allowed_origins;
     let router = if origins.is_empty() { router } else { router.layer(cors(origins)) };
     router.layer(from_fn(request_id::identify)).with_state(state)

@@ -48,6 +48,8 @@ pub(crate) struct Delta {
     pub(crate) num_tokens: u64,
     pub(crate) num_cached_tokens: u64,
     pub(crate) sum_logprobs: f64,
+    /// The stop string that ended it.
+    pub(crate) stop_sequence: Option<String>,
     /// It was scheduled for the first time.
     pub(crate) has_started: bool,
     /// How far its prompt is, if that was asked for.
@@ -71,6 +73,7 @@ impl Delta {
         self.num_tokens += later.num_tokens;
         self.num_cached_tokens += later.num_cached_tokens;
         self.sum_logprobs += later.sum_logprobs;
+        self.stop_sequence = later.stop_sequence.or(self.stop_sequence.take());
         self.has_started |= later.has_started;
         self.progress = later.progress.or(self.progress);
         self.token_ids.extend(later.token_ids);
@@ -166,6 +169,7 @@ impl ChoiceText {
     pub(crate) fn finish(&mut self, ending: Ending, delta: &mut Delta) {
         self.end_text(delta);
         delta.ending = Some(ending);
+        delta.stop_sequence = self.stops.met().map(str::to_owned);
         let Some(written) = self.calls.take() else { return };
         match tool_calls::parse(&written) {
             Some(mut calls) => {

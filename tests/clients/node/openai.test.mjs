@@ -64,6 +64,22 @@ test("completions continue text", async () => {
   );
 });
 
+test("a response is the same whole, streamed and gone on from", async () => {
+  const request = { model: "windrose-demo", input: messages[0].content, temperature: 0 };
+  const whole = await client.responses.create(request);
+  assert.match(whole.output_text, /Paris/);
+  const final = await client.responses.stream(request).finalResponse();
+  assert.equal(final.output_text, whole.output_text);
+  const next = await client.responses.create({
+    ...request,
+    input: "And of Italy?",
+    previous_response_id: whole.id,
+  });
+  assert.equal(next.status, "completed");
+  assert.equal((await client.responses.retrieve(next.id)).output_text, next.output_text);
+  await assert.rejects(client.responses.create({ ...request, background: true }), OpenAI.BadRequestError);
+});
+
 test("models are listed", async () => {
   const ids = [];
   for await (const model of client.models.list()) ids.push(model.id);

@@ -106,9 +106,7 @@ impl ChatRequest {
         id: &str,
         arrival: Arrival,
     ) -> Result<(Generation, Vec<u32>), ApiError> {
-        let (conversation, max_bytes) =
-            (std::mem::take(&mut self.conversation), state.config.max_prompt_bytes);
-        let prompt = state.with_text("messages", move |text| conversation.encode(text, max_bytes)).await?;
+        let prompt = self.encode(state).await?;
         let max_model_len = state.engine.limits().max_model_len;
         let generate = Generate {
             id: id.to_owned(),
@@ -129,6 +127,17 @@ impl ChatRequest {
         let request = self.params.request(state, generate)?;
         let generation = Generation::start(state, vec![request], &options, arrival, "messages")?;
         Ok((generation, prompt))
+    }
+
+    /// Counts the conversation's tokens and does nothing more. To be called once.
+    pub(crate) async fn count_tokens(&mut self, state: &AppState) -> Result<usize, ApiError> {
+        Ok(self.encode(state).await?.len())
+    }
+
+    async fn encode(&mut self, state: &AppState) -> Result<Vec<u32>, ApiError> {
+        let conversation = std::mem::take(&mut self.conversation);
+        let max_bytes = state.config.max_prompt_bytes;
+        state.with_text("messages", move |text| conversation.encode(text, max_bytes)).await
     }
 }
 

@@ -1,5 +1,6 @@
 //! OpenAI's endpoints: what each takes, checked field by field, and how it words its answers.
 
+pub(crate) mod anthropic;
 pub(crate) mod chat;
 pub(crate) mod completions;
 pub(crate) mod responses;

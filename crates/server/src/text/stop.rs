@@ -14,6 +14,8 @@ pub(crate) struct StopMatcher {
     patterns: Vec<Pattern>,
     /// Text that arrived and was not let through: the longest possible beginning of a stop string.
     held: String,
+    /// The stop string that was complete.
+    met: Option<String>,
 }
 
 #[derive(Debug)]
@@ -29,7 +31,7 @@ impl StopMatcher {
     /// Looks for these strings; empty ones are never found.
     pub(crate) fn new(stops: &[String]) -> Self {
         let patterns = stops.iter().filter(|stop| !stop.is_empty()).map(|stop| Pattern::new(stop));
-        Self { patterns: patterns.collect(), held: String::new() }
+        Self { patterns: patterns.collect(), held: String::new(), met: None }
     }
 
     /// Takes in `text` and appends to `out` what is safe to show; returns whether a stop string is complete.
@@ -42,6 +44,7 @@ impl StopMatcher {
             let complete = self.patterns.iter_mut().filter_map(|pattern| pattern.advance(byte)).max();
             if let Some(stop_len) = complete {
                 out.push_str(&self.held[..end - stop_len]);
+                self.met = Some(self.held[end - stop_len..end].to_owned());
                 self.forget();
                 return true;
             }
@@ -55,6 +58,11 @@ impl StopMatcher {
     pub(crate) fn finish(&mut self, out: &mut String) {
         out.push_str(&self.held);
         self.forget();
+    }
+
+    /// The stop string that ended the text.
+    pub(crate) fn met(&self) -> Option<&str> {
+        self.met.as_deref()
     }
 
     /// Whether all text that arrived has been let through.

@@ -1,6 +1,7 @@
 //! The server in process: the real tokenizer and chat template of the demo model over the engine's fake
 //! model, whose answers a test scripts.
 
+mod anthropic;
 mod chat;
 mod completions;
 mod errors;

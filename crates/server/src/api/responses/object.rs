@@ -74,7 +74,7 @@ impl ResponseObject {
 fn worded(usage: Usage) -> Value {
     json!({
         "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": usage.cached_tokens()},
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens(), "cache_write_tokens": 0},
         "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": usage.total_tokens,
