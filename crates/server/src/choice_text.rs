@@ -8,11 +8,12 @@ use std::sync::Arc;
 use model::{RoutingRecord, Sampled};
 
 use crate::choice::PromptProgress;
+use crate::constraint::Bound;
 use crate::logprobs::{PromptLogprobs, TokenScore, token_score};
 use crate::text::detokenizer::Detokenizer;
 use crate::text::stop::StopMatcher;
 use crate::text::vocabulary::Vocabulary;
-use crate::tool_calls::{self, ToolCall};
+use crate::tool_calls::{CallReader, Read, ToolCall};
 
 /// Why an answer ended, in OpenAI's terms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +44,7 @@ pub(crate) struct Delta {
     pub(crate) scores: Vec<TokenScore>,
     /// Scores of the whole prompt, if they were asked for.
     pub(crate) prompt_scores: Option<Vec<TokenScore>>,
+    /// Calls of tools, or parts of them.
     pub(crate) tool_calls: Vec<ToolCall>,
     pub(crate) ending: Option<Ending>,
     pub(crate) num_tokens: u64,
@@ -68,7 +70,7 @@ impl Delta {
         self.text.push_str(&later.text);
         self.scores.extend(later.scores);
         self.prompt_scores = self.prompt_scores.take().or(later.prompt_scores);
-        self.tool_calls.extend(later.tool_calls);
+        ToolCall::append(&mut self.tool_calls, later.tool_calls);
         self.ending = later.ending.or(self.ending);
         self.num_tokens += later.num_tokens;
         self.num_cached_tokens += later.num_cached_tokens;
@@ -94,8 +96,8 @@ impl Delta {
     }
 }
 
-/// How a choice's tokens become text.
-#[derive(Debug, Clone, Default)]
+/// How a choice's tokens become text, and which texts they may become.
+#[derive(Clone, Default)]
 pub(crate) struct TextOptions {
     /// The text goes on where the prompt ends, instead of being a message of its own.
     pub(crate) continues_prompt: bool,
@@ -108,6 +110,21 @@ pub(crate) struct TextOptions {
     pub(crate) returns_token_ids: bool,
     /// Alternatives to report of each prompt token.
     pub(crate) num_prompt_logprobs: Option<u32>,
+    /// A whole call of a tool ends the answer like any other text (a named `tool_choice`).
+    pub(crate) calls_are_expected: bool,
+    /// What the text is bound to, as a message of its own or where it goes on with its prompt.
+    pub(crate) bound: Bound,
+}
+
+impl TextOptions {
+    /// A detokenizer at the start of a text behind `prompt`.
+    pub(crate) fn detokenizer(&self, vocabulary: &Arc<Vocabulary>, prompt: &[u32]) -> Detokenizer {
+        let vocabulary = Arc::clone(vocabulary);
+        match self.continues_prompt {
+            true => Detokenizer::after(vocabulary, prompt),
+            false => Detokenizer::new(vocabulary),
+        }
+    }
 }
 
 /// The text of one choice so far.
@@ -116,8 +133,9 @@ pub(crate) struct ChoiceText {
     stops: StopMatcher,
     tool_calls_token: Option<u32>,
     single_tool_call: bool,
-    /// What the model wrote after its tool-calls token.
-    calls: Option<String>,
+    calls_are_expected: bool,
+    /// Reads what the model writes after its tool-calls token.
+    calls: Option<CallReader>,
     /// A stop string was met: there is no more text.
     is_stopped: bool,
     /// Scores whose text is still held back.
@@ -128,17 +146,12 @@ pub(crate) struct ChoiceText {
 
 impl ChoiceText {
     pub(crate) fn new(vocabulary: &Arc<Vocabulary>, prompt: &[u32], options: &TextOptions) -> Self {
-        let vocabulary = Arc::clone(vocabulary);
-        let detokenizer = if options.continues_prompt {
-            Detokenizer::after(vocabulary, prompt)
-        } else {
-            Detokenizer::new(vocabulary)
-        };
         Self {
-            detokenizer,
+            detokenizer: options.detokenizer(vocabulary, prompt),
             stops: StopMatcher::new(&options.stops),
             tool_calls_token: options.tool_calls_token,
             single_tool_call: options.single_tool_call,
+            calls_are_expected: options.calls_are_expected,
             calls: None,
             is_stopped: false,
             waiting_scores: Vec::new(),
@@ -153,7 +166,7 @@ impl ChoiceText {
         delta.sum_logprobs += sampled.logprob.map_or(0.0, |own| f64::from(own.logprob));
         if self.calls.is_none() && self.tool_calls_token == Some(sampled.token) {
             self.end_text(delta);
-            self.calls = Some(String::new());
+            self.calls = Some(CallReader::new(self.single_tool_call));
             return false;
         }
         self.waiting_scores.extend(token_score(sampled, &self.detokenizer, self.num_decoded_chars));
@@ -170,17 +183,12 @@ impl ChoiceText {
         self.end_text(delta);
         delta.ending = Some(ending);
         delta.stop_sequence = self.stops.met().map(str::to_owned);
-        let Some(written) = self.calls.take() else { return };
-        match tool_calls::parse(&written) {
-            Some(mut calls) => {
-                if self.single_tool_call {
-                    calls.truncate(1);
-                }
-                delta.tool_calls = calls;
-                delta.ending = Some(if ending == Ending::Stop { Ending::ToolCalls } else { ending });
-            }
-            // Not a call that could be passed on: the client sees what the model wrote.
-            None => delta.text.push_str(&written),
+        let Some(mut calls) = self.calls.take() else { return };
+        let Read { calls: parts, text } = calls.finish();
+        ToolCall::append(&mut delta.tool_calls, parts);
+        delta.text.push_str(&text);
+        if ending == Ending::Stop && calls.has_whole_calls() && !self.calls_are_expected {
+            delta.ending = Some(Ending::ToolCalls);
         }
     }
 
@@ -202,7 +210,9 @@ impl ChoiceText {
         self.num_released_chars += released.chars().count();
         match &mut self.calls {
             Some(calls) => {
-                calls.push_str(&released);
+                let Read { calls: parts, text } = calls.push(&released);
+                ToolCall::append(&mut delta.tool_calls, parts);
+                delta.text.push_str(&text);
                 self.waiting_scores.clear();
             }
             None => delta.text.push_str(&released),
@@ -229,6 +239,8 @@ mod tests {
             single_tool_call: false,
             returns_token_ids: false,
             num_prompt_logprobs: None,
+            calls_are_expected: false,
+            bound: Bound::default(),
         }
     }
 

@@ -102,6 +102,14 @@ pub(crate) mod limits {
     pub(crate) const MAX_MESSAGES: usize = 8192;
     /// Most tools offered.
     pub(crate) const MAX_TOOLS: usize = 128;
+    /// Most bytes of a schema, a regular expression or a grammar.
+    pub(crate) const MAX_GRAMMAR_BYTES: usize = 128 << 10;
+    /// Most strings of a `choice`.
+    pub(crate) const MAX_CHOICE_STRINGS: usize = 1024;
+    /// Most bytes of one of them.
+    pub(crate) const MAX_CHOICE_BYTES: usize = 4096;
+    /// Most bytes of a tool's or a schema's name.
+    pub(crate) const MAX_NAME_BYTES: usize = 64;
     /// Most entries of `metadata`.
     pub(crate) const MAX_METADATA: usize = 16;
     /// Most bytes of a label: `user`, a metadata value, `cache_salt`.

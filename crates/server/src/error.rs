@@ -201,6 +201,14 @@ impl ApiError {
         self
     }
 
+    /// 429: the request's grammar did not get its turn.
+    pub(crate) fn too_many_grammars() -> Self {
+        let message = "The server is compiling too many grammars. Please retry later.";
+        let error =
+            Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "rate_limit_exceeded", message);
+        Self { retry_after: Some(DRAINING_RETRY_AFTER), ..error }
+    }
+
     /// Names the field that is wrong, by its path in the JSON body.
     pub(crate) fn at(mut self, param: impl Into<String>) -> Self {
         self.body.param = Some(param.into());

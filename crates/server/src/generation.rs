@@ -184,7 +184,10 @@ fn submit(
         ChoiceStream::open(first_index + index, vocabulary, Arc::clone(&prompt), options, meter)
     };
     let (sinks, mut streams): (Vec<_>, Vec<_>) = (0..request.num_choices as usize).map(open).unzip();
-    let choices = sinks.into_iter().map(Choice::free).collect();
+    let hides_space = options.detokenizer(vocabulary, &prompt).hides_space();
+    let constraints = options.bound.start(sinks.len(), hides_space);
+    let choice = |(sink, constraint)| Choice { sink, constraint };
+    let choices = sinks.into_iter().zip(constraints).map(choice).collect();
     state.engine.submit(request, choices).map_err(|error| ApiError::submission(error, prompt_param))?;
     streams.iter_mut().for_each(ChoiceStream::accept);
     Ok(streams)

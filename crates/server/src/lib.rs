@@ -31,6 +31,8 @@ mod stored;
 mod timing;
 mod tool_calls;
 
+mod constraint;
+
 mod text;
 
 mod accounting;

@@ -8,6 +8,7 @@ use engine::{Clock, EngineHandle};
 use tokio::sync::Semaphore;
 
 use crate::config::ServerConfig;
+use crate::constraint::Compiler;
 use crate::error::ApiError;
 use crate::lifecycle::Lifecycle;
 use crate::metrics::Metrics;
@@ -30,6 +31,7 @@ pub struct Shared {
     pub(crate) running: Arc<Running>,
     pub(crate) responses: StoredResponses,
     pub(crate) started_at_unix: u64,
+    pub(crate) grammars: Compiler,
     encodes: Semaphore,
 }
 
@@ -53,6 +55,7 @@ impl AppState {
         clock: Clock,
     ) -> Result<Self, prometheus::Error> {
         let metrics = Arc::new(Metrics::new(&config.model_name, &engine)?);
+        let grammars = Compiler::new(&text, engine.limits().vocab_size);
         let encodes = Semaphore::new(config.max_concurrent_encodes.max(1));
         let responses = StoredResponses::new(config.max_stored_responses, config.max_stored_response_bytes);
         let (lifecycle, started_at_unix) = (Lifecycle::new(), unix_now());
@@ -66,6 +69,7 @@ impl AppState {
             running: Arc::default(),
             responses,
             started_at_unix,
+            grammars,
             encodes,
         })))
     }

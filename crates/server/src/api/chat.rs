@@ -13,12 +13,14 @@ use super::fields::{Fields, wrong_value};
 use super::messages;
 use super::params::{Generate, Params, token_budget};
 use super::routing::WrittenRouting;
+use super::structured::{self, Format};
 use super::tools::{self, Tools};
 use crate::answer::{Aside, Meta, Wording, respond};
 use crate::body::read_json;
 use crate::choice_text::{Delta, Ending, TextOptions};
 use crate::config::limits;
-use crate::error::{ApiError, quoted};
+use crate::constraint::Bound;
+use crate::error::ApiError;
 use crate::generation::{Arrival, Generation};
 use crate::logprobs::{TokenScore, TokenText};
 use crate::routing::wire::RoutingBody;
@@ -77,7 +79,8 @@ pub(crate) struct ChatRequest {
     /// `None` if no log-probabilities are asked for.
     pub(crate) top_logprobs: Option<u32>,
     has_tools: bool,
-    single_tool_call: bool,
+    tools: Tools,
+    format: Option<Format>,
 }
 
 impl ChatRequest {
@@ -86,17 +89,11 @@ impl ChatRequest {
         let (conversation, tools) = Conversation::take(&mut fields, state)?;
         let max_tokens = take_max_tokens(&mut fields)?;
         let top_logprobs = take_top_logprobs(&mut fields)?;
-        check_plain_text(&mut fields)?;
+        let format = structured::take(&mut fields, true)?;
+        check_modalities(&mut fields)?;
         fields.finish()?;
         let has_tools = conversation.has_tools();
-        Ok(Self {
-            conversation,
-            params,
-            max_tokens,
-            top_logprobs,
-            has_tools,
-            single_tool_call: tools.single_call,
-        })
+        Ok(Self { conversation, params, max_tokens, top_logprobs, has_tools, tools, format })
     }
 
     /// Begins to answer under the name `id`; returns the prompt too. To be called once.
@@ -116,14 +113,18 @@ impl ChatRequest {
             num_logprobs: self.top_logprobs,
             num_prompt_logprobs: None,
         };
-        let options = TextOptions {
+        let mut options = TextOptions {
             continues_prompt: false,
             stops: self.params.stops.clone(),
             tool_calls_token: state.text.tool_calls_token.filter(|_| self.has_tools),
-            single_tool_call: self.single_tool_call,
+            single_tool_call: self.tools.single_call,
             returns_token_ids: self.params.returns_token_ids,
             num_prompt_logprobs: self.params.num_prompt_logprobs,
+            calls_are_expected: self.tools.is_named,
+            bound: Bound::default(),
         };
+        let hides_space = options.detokenizer(state.text.tokenizer.vocabulary(), &[]).hides_space();
+        options.bound = structured::compile(state, self.format.take(), &self.tools, &[hides_space]).await?;
         let request = self.params.request(state, generate)?;
         let generation = Generation::start(state, vec![request], &options, arrival, "messages")?;
         Ok((generation, prompt))
@@ -163,18 +164,8 @@ fn take_top_logprobs(fields: &mut Fields) -> Result<Option<u32>, ApiError> {
     }
 }
 
-/// Fields that may say that the answer is plain text, and nothing else.
-fn check_plain_text(fields: &mut Fields) -> Result<(), ApiError> {
-    if let Some(mut format) = fields.object("response_format")? {
-        let kind = format.string("type", limits::MAX_LABEL_BYTES)?.unwrap_or_default();
-        if kind != "text" {
-            return Err(wrong_value(
-                "response_format",
-                &format!("only 'text' is supported, not {}", quoted(&kind)),
-            ));
-        }
-        format.finish()?;
-    }
+/// The answer is text.
+fn check_modalities(fields: &mut Fields) -> Result<(), ApiError> {
     match fields.take("modalities") {
         Some(modalities) if modalities != serde_json::json!(["text"]) => {
             Err(wrong_value("modalities", "only [\"text\"] is supported"))
@@ -240,15 +231,18 @@ struct Call {
     /// Only in a stream.
     #[serde(skip_serializing_if = "Option::is_none")]
     index: Option<usize>,
-    id: String,
-    #[serde(rename = "type")]
-    kind: &'static str,
+    /// This and the next only in a call's first part.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<String>,
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    kind: Option<&'static str>,
     function: Function,
 }
 
 #[derive(Serialize)]
 struct Function {
-    name: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
     arguments: String,
 }
 
@@ -294,9 +288,7 @@ impl Wording for ChatWording {
         if is_empty && delta.token_ids.is_empty() && delta.routing.is_none() {
             return None;
         }
-        let tool_calls =
-            delta.tool_calls.into_iter().enumerate().map(|(index, call)| worded(call, Some(index)));
-        let tool_calls: Vec<Call> = tool_calls.collect();
+        let tool_calls: Vec<Call> = delta.tool_calls.into_iter().map(|call| worded(call, true)).collect();
         let content = Some(delta.text).filter(|text| !text.is_empty() || tool_calls.is_empty());
         let delta_message = DeltaMessage { role: None, content, tool_calls };
         Some(ChunkChoice {
@@ -340,7 +332,7 @@ impl Wording for ChatWording {
 
 impl ChatWording {
     fn choice(&self, index: usize, answer: Delta) -> Choice {
-        let tool_calls: Vec<Call> = answer.tool_calls.into_iter().map(|call| worded(call, None)).collect();
+        let tool_calls: Vec<Call> = answer.tool_calls.into_iter().map(|call| worded(call, false)).collect();
         let content = Some(answer.text).filter(|text| !text.is_empty() || tool_calls.is_empty());
         Choice {
             index,
@@ -362,9 +354,16 @@ impl ChatWording {
     }
 }
 
-fn worded(call: ToolCall, index: Option<usize>) -> Call {
-    let function = Function { name: call.name, arguments: call.arguments };
-    Call { index, id: call.id, kind: "function", function }
+/// A call, or a part of one as a stream has it.
+fn worded(call: ToolCall, is_streamed: bool) -> Call {
+    let is_first = !call.id.is_empty();
+    let function = Function { name: is_first.then_some(call.name), arguments: call.arguments };
+    Call {
+        index: is_streamed.then_some(call.index),
+        id: is_first.then_some(call.id),
+        kind: is_first.then_some("function"),
+        function,
+    }
 }
 
 pub(crate) fn described(score: TokenScore) -> TokenLogprob {

@@ -13,10 +13,13 @@ use super::fields::{Fields, wrong_value};
 use super::params::{Generate, Params, token_budget};
 use super::prompts::{self, EncodedPrompt, Prompt};
 use super::routing::WrittenRouting;
+use super::structured::{self, Format};
+use super::tools::Tools;
 use crate::answer::{Meta, Wording, respond};
 use crate::body::read_json;
 use crate::choice_text::{Delta, Ending, TextOptions};
 use crate::config::limits;
+use crate::constraint::Bound;
 use crate::error::ApiError;
 use crate::generation::{Arrival, Generation};
 use crate::logprobs::{PromptLogprobs, TokenScore};
@@ -52,14 +55,21 @@ pub(crate) async fn completions(
         requests.push(completion.params.request(&state, generate)?);
         echoes.push(prompt.echo);
     }
-    let text = TextOptions {
+    let mut text = TextOptions {
         continues_prompt: true,
         stops: completion.params.stops.clone(),
         tool_calls_token: None,
         single_tool_call: false,
         returns_token_ids: completion.params.returns_token_ids,
         num_prompt_logprobs: completion.params.num_prompt_logprobs,
+        calls_are_expected: false,
+        bound: Bound::default(),
     };
+    let vocabulary = state.text.tokenizer.vocabulary();
+    let hides_space =
+        requests.iter().map(|request| text.detokenizer(vocabulary, &request.prompt).hides_space());
+    let hides_space: Vec<bool> = hides_space.collect();
+    text.bound = structured::compile(&state, completion.format, &Tools::default(), &hides_space).await?;
     let generation = Generation::start(&state, requests, &text, arrival, "prompt")?;
     let wording = CompletionWording {
         n: completion.params.n as usize,
@@ -76,6 +86,7 @@ struct CompletionRequest {
     params: Params,
     echo: bool,
     options: Options,
+    format: Option<Format>,
 }
 
 /// What a completion says beyond what it shares with a chat.
@@ -97,11 +108,12 @@ impl CompletionRequest {
         let logprobs = fields.integer("logprobs", 0..=limits::MAX_COMPLETION_LOGPROBS)?.map(|num| num as u32);
         let best_of = fields.integer("best_of", 1..=i64::from(state.config.max_choices))?;
         let best_of = best_of.map_or(params.n, |best_of| best_of as u32);
+        let format = structured::take(&mut fields, false)?;
         fields.finish()?;
         let options =
             Options { best_of, max_tokens, logprobs, scores_prompt: echo && logprobs.is_some(), n: params.n };
         options.check(&params, prompts.len(), state)?;
-        Ok(Self { prompts, params, echo, options })
+        Ok(Self { prompts, params, echo, options, format })
     }
 }
 

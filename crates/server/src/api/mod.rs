@@ -7,6 +7,7 @@ pub(crate) mod responses;
 
 pub(crate) mod messages;
 pub(crate) mod prompts;
+pub(crate) mod structured;
 pub(crate) mod tools;
 
 pub(crate) mod params;

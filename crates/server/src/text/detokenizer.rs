@@ -127,7 +127,8 @@ impl Detokenizer {
         self.pending.drain(..complete_len);
     }
 
-    fn hides_space(&self) -> bool {
+    /// Whether a space that comes next is not shown.
+    pub(crate) fn hides_space(&self) -> bool {
         self.is_at_start && self.vocabulary.joining == Joining::ByteFallback { strips_first_space: true }
     }
 

@@ -181,10 +181,15 @@ async fn a_tool_call_is_the_same_whole_and_streamed() {
     assert!(call["id"].is_string() && call["type"] == "function");
 
     let chunks = server.chat(crate::support::with(tools, json!({"stream": true}))).await.chunks();
-    let calls: Vec<&Value> =
-        chunks.iter().filter_map(|chunk| chunk["choices"][0]["delta"].get("tool_calls")).collect();
-    assert_eq!(calls.len(), 1);
-    assert_eq!((&calls[0][0]["index"], &calls[0][0]["function"]), (&json!(0), &call["function"]));
+    let parts: Vec<&Value> =
+        chunks.iter().filter_map(|chunk| chunk["choices"][0]["delta"].get("tool_calls")?.get(0)).collect();
+    assert!(parts.len() > 1 && parts[0]["id"].is_string() && parts[0]["type"] == "function", "{parts:?}");
+    assert_eq!(parts[0]["function"]["name"], "get_weather");
+    assert!(parts.iter().all(|part| part["index"] == 0));
+    let repeated = |part: &&&Value| part.get("id").is_some() || part["function"].get("name").is_some();
+    assert_eq!(parts[1..].iter().filter(repeated).count(), 0, "said once");
+    let arguments = parts.iter().map(|part| part["function"]["arguments"].as_str().unwrap());
+    assert_eq!(arguments.collect::<String>(), call["function"]["arguments"]);
     assert_eq!(chunks.last().unwrap()["choices"][0]["finish_reason"], "tool_calls");
     assert_eq!(content(&chunks, 0), "");
 }

@@ -86,7 +86,8 @@ async fn wrong_fields_are_refused_by_path() {
         (json!({"user": 1}), "user", "invalid_type"),
         (json!({"cache_salt": ""}), "cache_salt", "invalid_value"),
         (json!({"deadline_ms": 0}), "deadline_ms", "integer_below_min_value"),
-        (json!({"response_format": {"type": "json_object"}}), "response_format", "invalid_value"),
+        (json!({"response_format": {"type": "xml"}}), "response_format.type", "invalid_value"),
+        (json!({"response_format": {}}), "response_format.type", "missing_required_parameter"),
         (
             json!({"tools": [{"type": "function", "function": {"name": "a b"}}]}),
             "tools[0].function.name",
@@ -188,6 +189,10 @@ async fn integers_of_every_size_in_every_field_are_answered_or_refused_by_name()
         "service_tier",
         "store",
         "response_format",
+        "regex",
+        "choice",
+        "grammar",
+        "parallel_tool_calls",
     ];
     for (path, body) in [("/v1/chat/completions", chat_body()), ("/v1/completions", completion_body())] {
         for field in fields {

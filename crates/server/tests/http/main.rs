@@ -9,5 +9,6 @@ mod extras;
 mod leaving;
 mod metrics;
 mod responses;
+mod structured;
 mod support;
 mod text;

@@ -1,0 +1,260 @@
+//! Grammars on the demo model's vocabulary, under a model that takes any allowed token as soon as another:
+//! whatever it writes must be what was asked for.
+
+use std::sync::{Arc, LazyLock};
+use std::time::{Duration, Instant};
+
+use engine::Constraint;
+use model::mix64;
+use serde_json::{Value, json};
+
+use super::compiler::Template;
+use super::*;
+use crate::text::detokenizer::Detokenizer;
+use crate::text::model::{TextFiles, TextModel};
+
+static TEXT: LazyLock<TextModel> = LazyLock::new(|| {
+    let file = |name: &str| demo::files().iter().find(|(file, _)| *file == name).unwrap().1.to_vec();
+    let files = TextFiles {
+        tokenizer_json: file("tokenizer.json"),
+        tokenizer_config_json: Some(file("tokenizer_config.json")),
+        chat_template: None,
+        generation_config_json: Some(file("generation_config.json")),
+    };
+    TextModel::new(&files).unwrap()
+});
+static COMPILER: LazyLock<Compiler> = LazyLock::new(|| Compiler::new(&TEXT, 1536));
+const EOS: u32 = 2;
+const MAX_TOKENS: usize = 400;
+
+#[tokio::main(flavor = "current_thread")]
+async fn compile(source: Source, begins_with_space: bool) -> Result<Arc<Template>, GrammarError> {
+    COMPILER.compile(source, begins_with_space).await
+}
+
+/// Takes allowed tokens at random, and returns them if they come to an end.
+fn write(constraint: &mut dyn Constraint, seed: u64) -> Option<Vec<u32>> {
+    let mut tokens = Vec::new();
+    for index in 0..MAX_TOKENS as u64 {
+        let mask = constraint.allowed().expect("the text is bound");
+        let is_allowed =
+            |&token: &u32| mask.get(token as usize / 32).is_some_and(|word| word >> (token % 32) & 1 == 1);
+        let allowed: Vec<u32> = (0..1536).filter(is_allowed).collect();
+        assert!(!allowed.is_empty(), "a text can go on");
+        let token = allowed[(mix64(seed ^ mix64(index)) % allowed.len() as u64) as usize];
+        if token == EOS {
+            return Some(tokens);
+        }
+        tokens.push(token);
+        constraint.accept(token);
+        if constraint.is_complete() {
+            return Some(tokens);
+        }
+    }
+    None
+}
+
+fn shown(tokens: &[u32]) -> String {
+    let mut detokenizer = Detokenizer::new(Arc::clone(TEXT.tokenizer.vocabulary()));
+    let mut text = String::new();
+    tokens.iter().for_each(|&token| detokenizer.push(token, &mut text));
+    detokenizer.finish(&mut text);
+    text
+}
+
+/// Texts of a grammar that came to an end.
+fn texts(source: Source, count: usize) -> Vec<String> {
+    let template = compile(source, true).unwrap();
+    let bound = Bound { text_behind_space: Some(template), ..Bound::default() };
+    let mut constraints = bound.start(count, true).into_iter().map(Option::unwrap);
+    let texts = (0..).map_while(|seed| Some(write(constraints.next()?.as_mut(), seed)));
+    texts.flatten().map(|tokens| shown(&tokens)).collect()
+}
+
+fn schema() -> Value {
+    json!({
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 12},
+            "age": {"type": "integer", "minimum": 0, "maximum": 150},
+            "kind": {"enum": ["é", "b c", null]},
+            "tags": {"type": "array", "items": {"type": "boolean"}, "maxItems": 3},
+        },
+        "required": ["name", "age", "kind", "tags"],
+        "additionalProperties": false,
+    })
+}
+
+#[test]
+fn every_text_is_what_was_asked_for_without_the_space_that_is_not_shown() {
+    let written = texts(Source::Schema(schema()), 50);
+    assert!(written.len() > 40, "{} of 50 came to an end", written.len());
+    for text in written {
+        let value: Value = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text:?}"));
+        assert!(value["name"].as_str().unwrap().chars().count() <= 12 && value["age"].is_u64(), "{text}");
+    }
+    let choices = ["yes", "no \"really\"", " with space", "é\n"].map(str::to_owned).to_vec();
+    for text in texts(Source::Choice(choices.clone()), 30) {
+        assert!(choices.contains(&text), "{text:?}");
+    }
+    for text in texts(Source::Regex("^[a-c]{2,4} é*$".into()), 30) {
+        let (letters, rest) = text.split_once(' ').unwrap_or_else(|| panic!("{text:?}"));
+        assert!((2..=4).contains(&letters.len()) && rest.chars().all(|c| c == 'é'), "{text:?}");
+    }
+    for text in texts(Source::Lark("start: item (\",\" item)*\nitem: /[0-9]/ | \"x\"".into()), 30) {
+        assert!(text.split(',').all(|item| item.len() == 1), "{text:?}");
+    }
+}
+
+fn calls(is_single: bool) -> Source {
+    let tool = |name: &str, parameters| Tool { name: name.into(), parameters };
+    let tools = vec![
+        tool("first", Some(schema())),
+        tool("other", Some(json!({"type": "object", "properties": {}, "additionalProperties": false}))),
+    ];
+    Source::Calls(Calls { tools, is_single })
+}
+
+#[test]
+fn calls_follow_their_token_and_are_forced_first_or_left_to_the_model() {
+    let calls_token = TEXT.tool_calls_token.unwrap();
+    for is_single in [true, false] {
+        let calls = Some(compile(calls(is_single), false).unwrap());
+        let bound = Bound { calls, calls_token: Some(calls_token), is_forced: true, ..Bound::default() };
+        for (seed, constraint) in (0..).zip(bound.start(20, true)) {
+            let Some(tokens) = write(constraint.unwrap().as_mut(), seed) else { continue };
+            assert_eq!(tokens[0], calls_token);
+            let text = shown(&tokens);
+            let value: Value =
+                serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text:?}"));
+            let calls = value.as_array().unwrap();
+            assert!(!calls.is_empty() && (!is_single || calls.len() == 1), "{text}");
+            assert!(
+                calls.iter().all(|call| call["name"] == "other" || call["arguments"]["age"].is_u64()),
+                "{text}"
+            );
+        }
+        let free = Bound { is_forced: false, ..bound.clone() };
+        let mut constraint = free.start(1, true).remove(0).unwrap();
+        assert_eq!(constraint.allowed(), None);
+        constraint.accept(400);
+        assert_eq!(constraint.allowed(), None);
+        constraint.accept(calls_token);
+        assert!(constraint.allowed().is_some());
+
+        let text = Some(compile(Source::any_object(), true).unwrap());
+        let either = Bound { text_behind_space: text, is_forced: false, ..bound };
+        let mut constraint = either.start(1, true).remove(0).unwrap();
+        let allows = |constraint: &dyn Constraint| {
+            constraint.allowed().unwrap()[(calls_token / 32) as usize] >> (calls_token % 32) & 1 == 1
+        };
+        assert!(allows(constraint.as_ref()));
+        let space = TEXT.tokenizer.token_to_id("▁").unwrap();
+        constraint.accept(space);
+        assert!(!allows(constraint.as_ref()));
+    }
+}
+
+#[test]
+fn what_cannot_be_compiled_is_refused_with_its_place() {
+    let check = |source: Source, place: &str, words: &str| {
+        let shown: String = format!("{source:?}").chars().take(100).collect();
+        match compile(source, true).map(|_| ()) {
+            Err(GrammarError::Invalid { at, message, .. }) => {
+                assert!(at == place && message.contains(words), "{shown}: {at:?} {message}");
+            }
+            other => panic!("{shown}: {other:?}"),
+        }
+    };
+    let of = |a: Value| Source::Schema(json!({"type": "object", "properties": {"a": a, "b": {}}}));
+    check(of(json!({"type": "strin"})), ".properties.a", "strin");
+    check(of(json!({"items": {"type": "string", "pattern": "("}})), ".properties.a.items", "unclosed group");
+    check(of(json!({"$ref": "https://example.com/x"})), "", "$ref");
+    check(of(json!({"type": "array", "uniqueItems": true})), ".properties.a", "uniqueItems");
+    check(of(json!({"not": {}})), ".properties.a", "not");
+    check(of(json!({"type": "string", "format": "nonsense"})), ".properties.a", "nonsense");
+    check(Source::Schema(json!({"type": "object", "x-guidance": {"lenient": true}, "not": {}})), "", "not");
+    check(Source::Schema(json!({"properties": 1})), "", "object");
+    check(Source::Schema(json!({"$ref": "#/$defs/a", "$defs": {"a": {"type": "x"}}})), ".$defs.a", "x");
+    check(Source::Regex("(".into()), "", "unclosed group");
+    check(Source::Regex("(?=a)b".into()), "", "look-around");
+    check(Source::Regex("(".repeat(10_000)), "", "nested");
+    check(Source::Lark("start: nothing".into()), "", "nothing");
+    check(Source::Lark("start: start".into()), "", "no text");
+    check(Source::Lark("start: <s>".into()), "", "");
+    check(Source::Lark("start: <[5]>".into()), "", "");
+    check(Source::Lark(format!("start: {}\"a\"", "\"a\" | ".repeat(20_000))), "", "Too many");
+}
+
+#[test]
+fn hostile_grammars_cost_little_and_spoil_nothing() {
+    let refers = |i: usize| json!({"type": "array", "items": {"$ref": format!("#/$defs/d{}", i + 1)}});
+    let mut chain: serde_json::Map<String, Value> =
+        (0..3000).map(|index| (format!("d{index}"), refers(index))).collect();
+    chain.insert("d3000".into(), json!({}));
+    let deep = (0..60).fold(json!({}), |inner, _| json!({"items": inner}));
+    let wide: serde_json::Map<String, Value> =
+        (0..2000).map(|i| (format!("p{i}"), json!({"type": "string", "maxLength": i}))).collect();
+    let hostile = [
+        Source::Schema(json!({"$ref": "#/$defs/d0", "$defs": chain})),
+        Source::Schema(json!({"$ref": "#"})),
+        Source::Schema(json!({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}})),
+        Source::Schema(deep),
+        Source::Schema(json!({"type": "object", "properties": wide})),
+        Source::Schema(json!({"type": "string", "maxLength": 100_000_000})),
+        Source::Schema(json!({"type": "array", "maxItems": 100_000_000, "minItems": 1_000_000})),
+        Source::Regex("(a{1000}){1000}".into()),
+        Source::Regex("(a|b)*a(a|b){200}".into()),
+        Source::Lark(format!("start: A\nA: \"a\"{}", " & /a/".repeat(5000))),
+        Source::Choice((0..1000).map(|index| format!("{index} {}", "x".repeat(50))).collect()),
+    ];
+    for source in hostile {
+        let shown: String = format!("{source:?}").chars().take(100).collect();
+        let started = Instant::now();
+        let outcome = compile(source, true).map_or_else(|error| error.to_string(), |_| "compiles".into());
+        println!("{:?} {shown}: {outcome}", started.elapsed());
+        assert!(started.elapsed().as_secs() < 4, "{shown}: {:?}", started.elapsed());
+        assert!(compile(Source::Schema(schema()), true).is_ok());
+    }
+}
+
+/// A mask per token: what a choice adds to a step. Prints the figures; only gross ones fail it.
+#[test]
+fn masks_take_microseconds() {
+    for (name, source) in [("schema", Source::Schema(schema())), ("any object", Source::any_object())] {
+        let template = compile(source, true).unwrap();
+        let bound = Bound { text_behind_space: Some(template), ..Bound::default() };
+        let mut took = Vec::new();
+        for (seed, constraint) in (0..).zip(bound.start(50, true)) {
+            let mut constraint = Timed { inner: constraint.unwrap(), took: Vec::new() };
+            write(&mut constraint, seed);
+            took.append(&mut constraint.took);
+        }
+        took.sort_unstable();
+        let mean = took.iter().sum::<Duration>() / took.len() as u32;
+        let [median, high] = [took.len() / 2, took.len() * 99 / 100].map(|index| took[index]);
+        println!("{name}: {} masks, mean {mean:?}, median {median:?}, 99th percentile {high:?}", took.len());
+        assert!(mean < Duration::from_micros(500), "{name}: {mean:?}");
+    }
+}
+
+struct Timed {
+    inner: Box<dyn Constraint>,
+    took: Vec<Duration>,
+}
+
+impl Constraint for Timed {
+    fn allowed(&self) -> Option<&[u32]> {
+        self.inner.allowed()
+    }
+
+    fn accept(&mut self, token: u32) {
+        let started = Instant::now();
+        self.inner.accept(token);
+        self.took.push(started.elapsed());
+    }
+
+    fn is_complete(&self) -> bool {
+        self.inner.is_complete()
+    }
+}
