@@ -209,9 +209,9 @@ pub(super) fn permitted(mask: &[u32], permitted: &[u32]) -> Vec<u32> {
 
 /// llguidance's words, unless they speak of itself.
 fn words(message: &str) -> String {
-    // Its state and the grammar that this server made follow behind.
-    let message =
-        message.split("\n<").next().unwrap_or_default().split("\n   1 |").next().unwrap_or_default();
+    // What follows are its state, the grammar that this server made, and options that no client has.
+    let ends = ["\n<", "\n   1 |", " Enable '"].map(|end| message.find(end).unwrap_or(message.len()));
+    let message = &message[..ends.into_iter().min().unwrap_or_default()];
     if message.contains("panic") || message.contains(".rs:") {
         return "it is not supported".to_owned();
     }

@@ -8,8 +8,8 @@ use llguidance::api::{GrammarWithLexer, TopLevelGrammar};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-/// White space that JSON may have in one place: enough to indent, not enough to go on for ever.
-const JSON_WHITESPACE: &str = r"[\x20\x0A\x0D\x09]{0,40}";
+/// White space that JSON may have in one place: a space or an indented line, and not what goes on for ever.
+const JSON_WHITESPACE: &str = r"(\x20|\x0D?\x0A[\x20\x09]{0,40})?";
 /// Deepest nesting of brackets in a regular expression or a grammar: their parsers recurse.
 const MAX_NESTING: usize = 100;
 
@@ -52,10 +52,13 @@ impl Source {
     /// The grammar in llguidance's terms.
     ///
     /// # Errors
-    /// If its brackets are nested too deeply.
+    /// If its brackets are nested too deeply, or its schema has what llguidance takes and does not keep to.
     pub(super) fn grammar(&self, begins_with_space: bool) -> Result<TopLevelGrammar, String> {
         let mut grammars = match self {
-            Self::Schema(schema) => vec![json_grammar(schema)],
+            Self::Schema(schema) => {
+                check_schema(schema)?;
+                vec![json_grammar(schema)]
+            }
             Self::Regex(regex) => {
                 check_nesting(regex)?;
                 vec![GrammarWithLexer::from_regex(without_anchors(regex))]
@@ -65,7 +68,10 @@ impl Source {
                 check_nesting(lark)?;
                 vec![GrammarWithLexer::from_lark(lark.clone())]
             }
-            Self::Calls(calls) => calls.grammars(),
+            Self::Calls(calls) => {
+                calls.tools.iter().filter_map(|tool| tool.parameters.as_ref()).try_for_each(check_schema)?;
+                calls.grammars()
+            }
         };
         if begins_with_space {
             grammars[0].name = Some("answer".to_owned());
@@ -105,6 +111,26 @@ fn json_grammar(schema: &Value) -> GrammarWithLexer {
         schema.insert("x-guidance".to_owned(), json!({"whitespace_pattern": JSON_WHITESPACE}));
     }
     GrammarWithLexer::from_json_schema(schema)
+}
+
+/// llguidance counts members and may write one key twice, unless the schema names it.
+fn check_schema(schema: &Value) -> Result<(), String> {
+    match schema {
+        Value::Object(fields) => {
+            let num_required = fields.get("required").and_then(Value::as_array).map_or(0, Vec::len) as u64;
+            let least = fields.get("minProperties").and_then(Value::as_u64).unwrap_or(0);
+            let names_all = schema["additionalProperties"] == false && schema["patternProperties"].is_null();
+            if least > num_required + 1 && !names_all {
+                return Err(
+                    "minProperties may count one property that is not required, unless all are named"
+                        .to_owned(),
+                );
+            }
+            fields.values().try_for_each(check_schema)
+        }
+        Value::Array(items) => items.iter().try_for_each(check_schema),
+        _ => Ok(()),
+    }
 }
 
 /// The expression without anchors at its ends, which say what is so already: all of a text must match.
@@ -149,6 +175,24 @@ mod tests {
         check(r"^a\$", r"a\$");
         check(r"a\\$", r"a\\");
         check("$", "");
+    }
+
+    #[test]
+    fn objects_of_many_unnamed_members_are_refused() {
+        let check =
+            |schema: Value, is_kept: bool| assert_eq!(check_schema(&schema).is_ok(), is_kept, "{schema}");
+        check(json!({"minProperties": 1}), true);
+        check(json!({"items": {"minProperties": 2}}), false);
+        check(json!({"minProperties": 2, "required": ["a"]}), true);
+        check(
+            json!({"minProperties": 2, "properties": {"a": {}, "b": {}}, "additionalProperties": false}),
+            true,
+        );
+        check(
+            json!({"minProperties": 2, "patternProperties": {"a": {}}, "additionalProperties": false}),
+            false,
+        );
+        check(json!({"properties": {"minProperties": {"type": "integer"}}}), true);
     }
 
     #[test]

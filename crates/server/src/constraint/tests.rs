@@ -174,6 +174,7 @@ fn what_cannot_be_compiled_is_refused_with_its_place() {
     check(of(json!({"not": {}})), ".properties.a", "not");
     check(of(json!({"type": "string", "format": "nonsense"})), ".properties.a", "nonsense");
     check(Source::Schema(json!({"type": "object", "x-guidance": {"lenient": true}, "not": {}})), "", "not");
+    check(of(json!({"type": "object", "minProperties": 3})), ".properties.a", "minProperties");
     check(Source::Schema(json!({"properties": 1})), "", "object");
     check(Source::Schema(json!({"$ref": "#/$defs/a", "$defs": {"a": {"type": "x"}}})), ".$defs.a", "x");
     check(Source::Regex("(".into()), "", "unclosed group");
@@ -224,6 +225,9 @@ fn masks_take_microseconds() {
     for (name, source) in [("schema", Source::Schema(schema())), ("any object", Source::any_object())] {
         let template = compile(source, true).unwrap();
         let bound = Bound { text_behind_space: Some(template), ..Bound::default() };
+        let started = Instant::now();
+        drop(bound.start(1, true));
+        println!("{name}: a choice starts in {:?}", started.elapsed());
         let mut took = Vec::new();
         for (seed, constraint) in (0..).zip(bound.start(50, true)) {
             let mut constraint = Timed { inner: constraint.unwrap(), took: Vec::new() };
