@@ -168,6 +168,11 @@ impl Tokens {
                 let together = || GrammarError::Invalid { tool: None, at: String::new(), message };
                 tools.iter().enumerate().find_map(faulty).unwrap_or_else(together)
             }
+            Source::Regex(_) => {
+                // Its own position within the expression follows behind that in the grammar around it.
+                let message = message.rsplit("regex parse error:\n").next().unwrap_or_default().to_owned();
+                GrammarError::Invalid { tool: None, at: String::new(), message }
+            }
             _ => GrammarError::Invalid { tool: None, at: String::new(), message },
         })
     }
