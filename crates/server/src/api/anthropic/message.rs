@@ -48,7 +48,8 @@ impl MessageObject {
 pub(super) fn stop(answer: &Delta) -> Value {
     let reason = match answer.ending {
         Some(Ending::Length) => "max_tokens",
-        Some(Ending::ToolCalls) => "tool_use",
+        // A call of the one tool that was asked for ends like a text in OpenAI's words, and not in these.
+        _ if !answer.tool_calls.is_empty() => "tool_use",
         _ if answer.stop_sequence.is_some() => "stop_sequence",
         _ => "end_turn",
     };

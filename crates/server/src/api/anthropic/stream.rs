@@ -14,6 +14,7 @@ use crate::choice_text::Delta;
 use crate::error::ApiError;
 use crate::generation::Generation;
 use crate::narration::{Events, Narrator};
+use crate::tool_calls::ToolCall;
 
 /// Tells one message.
 pub(super) struct MessageNarrator {
@@ -21,19 +22,26 @@ pub(super) struct MessageNarrator {
     /// How it ended.
     end: Delta,
     num_blocks: usize,
-    is_text_open: bool,
+    open: Option<Block>,
+}
+
+/// The block that deltas go to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Block {
+    Text,
+    ToolUse,
 }
 
 impl MessageNarrator {
     pub(super) fn new(message: MessageObject) -> Self {
-        Self { message, end: Delta::default(), num_blocks: 0, is_text_open: false }
+        Self { message, end: Delta::default(), num_blocks: 0, open: None }
     }
 
-    fn start_block(&self, block: Value, events: &mut Events) {
-        push(
-            json!({"type": "content_block_start", "index": self.num_blocks, "content_block": block}),
-            events,
-        );
+    fn start_block(&mut self, kind: Block, block: Value, events: &mut Events) {
+        self.stop_block(events);
+        self.open = Some(kind);
+        let start = json!({"type": "content_block_start", "index": self.num_blocks, "content_block": block});
+        push(start, events);
     }
 
     fn add(&self, delta: Value, events: &mut Events) {
@@ -41,13 +49,9 @@ impl MessageNarrator {
     }
 
     fn stop_block(&mut self, events: &mut Events) {
-        push(json!({"type": "content_block_stop", "index": self.num_blocks}), events);
-        self.num_blocks += 1;
-    }
-
-    fn close_text(&mut self, events: &mut Events) {
-        if std::mem::take(&mut self.is_text_open) {
-            self.stop_block(events);
+        if self.open.take().is_some() {
+            push(json!({"type": "content_block_stop", "index": self.num_blocks}), events);
+            self.num_blocks += 1;
         }
     }
 }
@@ -60,23 +64,24 @@ impl Narrator for MessageNarrator {
 
     fn tell(&mut self, _index: usize, delta: Delta, _generation: &Generation, events: &mut Events) {
         if !delta.text.is_empty() {
-            if !std::mem::replace(&mut self.is_text_open, true) {
-                self.start_block(json!({"type": "text", "text": ""}), events);
+            if self.open != Some(Block::Text) {
+                self.start_block(Block::Text, json!({"type": "text", "text": ""}), events);
             }
             self.add(json!({"type": "text_delta", "text": delta.text}), events);
         }
-        for call in &delta.tool_calls {
-            self.close_text(events);
-            self.start_block(tool_use(call, json!({})), events);
-            self.add(json!({"type": "input_json_delta", "partial_json": call.arguments}), events);
-            self.stop_block(events);
+        for part in &delta.tool_calls {
+            if !part.id.is_empty() {
+                self.start_block(Block::ToolUse, tool_use(part, json!({})), events);
+            }
+            self.add(json!({"type": "input_json_delta", "partial_json": part.arguments}), events);
         }
+        ToolCall::append(&mut self.end.tool_calls, delta.tool_calls);
         self.end.ending = delta.ending.or(self.end.ending);
         self.end.stop_sequence = delta.stop_sequence.or(self.end.stop_sequence.take());
     }
 
     fn close(&mut self, generation: &Generation, events: &mut Events) {
-        self.close_text(events);
+        self.stop_block(events);
         let usage = worded(generation.usage());
         push(json!({"type": "message_delta", "delta": stop(&self.end), "usage": usage}), events);
         push(json!({"type": "message_stop"}), events);

@@ -28,8 +28,13 @@ impl Output {
             let part = self.part(answer.text, answer.scores);
             self.message(status, &[part])
         });
-        let calls = answer.tool_calls.iter().map(|call| function_call(call, &random::id("fc_"), "completed"));
-        message.into_iter().chain(calls).collect()
+        let num_calls = answer.tool_calls.len();
+        // Only the last call can have been cut.
+        let call = |(index, call): (usize, &ToolCall)| {
+            let status = if index + 1 == num_calls { status } else { "completed" };
+            function_call(call, &random::id("fc_"), status)
+        };
+        message.into_iter().chain(answer.tool_calls.iter().enumerate().map(call)).collect()
     }
 
     pub(super) fn message(&self, status: &str, content: &[Value]) -> Value {

@@ -30,7 +30,15 @@ pub(super) struct ResponseNarrator {
     /// Items that are done.
     items: Vec<Value>,
     is_message_open: bool,
+    open_call: Option<OpenCall>,
     sequence_number: u64,
+}
+
+/// A call whose arguments are being written.
+struct OpenCall {
+    /// Of the item.
+    id: String,
+    call: ToolCall,
 }
 
 impl ResponseNarrator {
@@ -43,6 +51,7 @@ impl ResponseNarrator {
             ending: None,
             items: Vec::new(),
             is_message_open: false,
+            open_call: None,
             sequence_number: 0,
         }
     }
@@ -97,18 +106,31 @@ impl ResponseNarrator {
         self.finish_item(self.output.message(status, &[part]), events);
     }
 
-    fn tell_call(&mut self, call: &ToolCall, events: &mut Events) {
-        let (id, output_index) = (random::id("fc_"), self.items.len());
-        let begun = ToolCall { arguments: String::new(), ..call.clone() };
-        let item = function_call(&begun, &id, "in_progress");
-        self.push("response.output_item.added", json!({"output_index": output_index, "item": item}), events);
-        let delta = json!({"item_id": id, "output_index": output_index, "delta": call.arguments});
+    /// Goes on with the open call, or begins another.
+    fn tell_call(&mut self, part: ToolCall, events: &mut Events) {
+        if !part.id.is_empty() {
+            self.close_call("completed", events);
+            let begun = ToolCall { arguments: String::new(), ..part.clone() };
+            let call = OpenCall { id: random::id("fc_"), call: begun };
+            let item = function_call(&call.call, &call.id, "in_progress");
+            let added = json!({"output_index": self.items.len(), "item": item});
+            self.push("response.output_item.added", added, events);
+            self.open_call = Some(call);
+        }
+        let output_index = self.items.len();
+        let Some(open) = &mut self.open_call else { return };
+        open.call.arguments.push_str(&part.arguments);
+        let delta = json!({"item_id": open.id, "output_index": output_index, "delta": part.arguments});
         self.push("response.function_call_arguments.delta", delta, events);
+    }
+
+    fn close_call(&mut self, status: &str, events: &mut Events) {
+        let Some(OpenCall { id, call }) = self.open_call.take() else { return };
         let done = json!({
-            "item_id": id, "output_index": output_index, "name": call.name, "arguments": call.arguments,
+            "item_id": id, "output_index": self.items.len(), "name": call.name, "arguments": call.arguments,
         });
         self.push("response.function_call_arguments.done", done, events);
-        self.finish_item(function_call(call, &id, "completed"), events);
+        self.finish_item(function_call(&call, &id, status), events);
     }
 
     fn finish_item(&mut self, item: Value, events: &mut Events) {
@@ -138,10 +160,11 @@ impl Narrator for ResponseNarrator {
         if !calls.is_empty() {
             self.close_message("completed", events);
         }
-        calls.iter().for_each(|call| self.tell_call(call, events));
+        calls.into_iter().for_each(|part| self.tell_call(part, events));
     }
 
     fn close(&mut self, generation: &Generation, events: &mut Events) {
+        self.close_call(status(self.ending), events);
         if self.items.is_empty() {
             self.open_message(events);
         }
@@ -155,6 +178,7 @@ impl Narrator for ResponseNarrator {
 
     fn fail(&mut self, error: &ApiError, generation: &Generation, events: &mut Events) {
         self.close_message("incomplete", events);
+        self.close_call("incomplete", events);
         let body = json!({"code": error.body.code, "message": error.body.message, "param": error.body.param});
         self.push("error", body, events);
         let response = self.object.failed(error, std::mem::take(&mut self.items), generation.usage());
