@@ -18,7 +18,7 @@ use crate::api::{anthropic, cancel, chat, completions, models, responses, routin
 use crate::error::ApiError;
 use crate::lifecycle::Phase;
 use crate::state::AppState;
-use crate::{auth, health, request_id};
+use crate::{auth, health, reference, request_id};
 
 /// The whole server as a service, without a socket.
 pub fn app(state: AppState) -> Router {
@@ -38,6 +38,8 @@ pub fn app(state: AppState) -> Router {
         .route("/v1/responses/{id}", get(responses::stored::get).delete(responses::stored::delete))
         .route("/v1/responses/{id}/input_items", get(responses::stored::input_items))
         .route("/v1/cancel/{id}", post(cancel::cancel))
+        .route("/openapi.json", get(reference::openapi))
+        .route("/docs", get(reference::docs))
         .route("/livez", get(health::live))
         .route("/readyz", get(health::ready))
         .route("/health", get(health::live))

@@ -12,8 +12,8 @@ use crate::config::ServerConfig;
 use crate::error::ApiError;
 use crate::state::AppState;
 
-/// Paths that probes and Prometheus read without a key.
-const OPEN_PATHS: [&str; 4] = ["/livez", "/readyz", "/health", "/version"];
+/// Paths that probes read without a key, and the reference, which says nothing of any request.
+const OPEN_PATHS: [&str; 6] = ["/livez", "/readyz", "/health", "/version", "/openapi.json", "/docs"];
 
 /// Which key a request came with, so that what it leaves behind can be told from others'. Without keys everyone
 /// is the same caller.

@@ -19,6 +19,8 @@ mod request_id;
 
 mod api;
 
+mod reference;
+
 mod answer;
 mod choice;
 mod choice_text;

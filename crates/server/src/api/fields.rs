@@ -8,6 +8,7 @@ use std::ops::RangeInclusive;
 
 use serde_json::{Map, Number, Value};
 
+use super::record::{self, Kind};
 use crate::error::{ApiError, quoted};
 
 /// The fields of one JSON object that were not taken yet, and where the object stands in the body.
@@ -45,13 +46,24 @@ impl Fields {
         if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) }
     }
 
+    /// The fields of another endpoint's body, made from a client's; see [`record`].
+    pub(crate) fn translated(map: Map<String, Value>) -> Self {
+        record::close();
+        Self { path: String::new(), map }
+    }
+
     /// Takes a field of any type.
     pub(crate) fn take(&mut self, name: &str) -> Option<Value> {
+        self.take_as(name, Kind::Any)
+    }
+
+    fn take_as(&mut self, name: &str, kind: Kind) -> Option<Value> {
+        record::note(|| self.path(name), kind);
         self.map.remove(name).filter(|value| !value.is_null())
     }
 
     pub(crate) fn boolean(&mut self, name: &str) -> Result<Option<bool>, ApiError> {
-        let Some(value) = self.take(name) else { return Ok(None) };
+        let Some(value) = self.take_as(name, Kind::Boolean) else { return Ok(None) };
         value.as_bool().map(Some).ok_or_else(|| wrong_type(&self.path(name), "a boolean", &value))
     }
 
@@ -60,27 +72,31 @@ impl Fields {
         name: &str,
         range: RangeInclusive<i64>,
     ) -> Result<Option<i64>, ApiError> {
-        let Some(value) = self.take(name) else { return Ok(None) };
+        let Some(value) = self.take_as(name, Kind::Integer(*range.start(), *range.end())) else {
+            return Ok(None);
+        };
         integer_at(&self.path(name), &value, range).map(Some)
     }
 
     pub(crate) fn number(&mut self, name: &str, range: RangeInclusive<f64>) -> Result<Option<f64>, ApiError> {
-        let Some(value) = self.take(name) else { return Ok(None) };
+        let Some(value) = self.take_as(name, Kind::Number(*range.start(), *range.end())) else {
+            return Ok(None);
+        };
         number_at(&self.path(name), &value, range).map(Some)
     }
 
     pub(crate) fn string(&mut self, name: &str, max_bytes: usize) -> Result<Option<String>, ApiError> {
-        let Some(value) = self.take(name) else { return Ok(None) };
+        let Some(value) = self.take_as(name, Kind::String) else { return Ok(None) };
         string_at(&self.path(name), value, max_bytes).map(Some)
     }
 
     pub(crate) fn object(&mut self, name: &str) -> Result<Option<Fields>, ApiError> {
-        let Some(value) = self.take(name) else { return Ok(None) };
+        let Some(value) = self.take_as(name, Kind::Object) else { return Ok(None) };
         Fields::of(value, self.path(name)).map(Some)
     }
 
     pub(crate) fn list(&mut self, name: &str, max_len: usize) -> Result<Option<Vec<Value>>, ApiError> {
-        let Some(value) = self.take(name) else { return Ok(None) };
+        let Some(value) = self.take_as(name, Kind::List(max_len)) else { return Ok(None) };
         list_at(&self.path(name), value, max_len).map(Some)
     }
 

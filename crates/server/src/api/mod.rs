@@ -19,3 +19,4 @@ pub(crate) mod models;
 pub(crate) mod tokenize;
 
 pub(crate) mod fields;
+pub(crate) mod record;

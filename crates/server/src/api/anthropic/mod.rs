@@ -6,7 +6,7 @@
 
 pub(crate) mod error;
 mod message;
-mod request;
+pub(crate) mod request;
 mod stream;
 
 use axum::Json;

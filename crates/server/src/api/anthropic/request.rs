@@ -62,7 +62,7 @@ pub(super) fn take(mut fields: Fields, state: &AppState, budget: Budget) -> Resu
     chat.insert("messages".into(), Value::Array(messages));
     take_tools(&mut fields, &mut chat)?;
     fields.finish()?;
-    let chat = Fields::of(Value::Object(chat), String::new())?;
+    let chat = Fields::translated(chat);
     ChatRequest::take(chat, state).map_err(|error| error.renamed(own_name))
 }
 

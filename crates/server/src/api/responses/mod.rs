@@ -11,7 +11,7 @@
 mod items;
 mod object;
 mod output;
-mod request;
+pub(crate) mod request;
 pub(crate) mod stored;
 mod stream;
 

@@ -90,7 +90,7 @@ impl ResponseRequest {
             return Err(wrong_value("input", &expected));
         }
         chat.insert("messages".into(), items::messages(instructions.as_deref(), &input).into());
-        let chat = Fields::of(Value::Object(into_chats(chat)?), String::new())?;
+        let chat = Fields::translated(into_chats(chat)?);
         let chat = ChatRequest::take(chat, state).map_err(|error| error.renamed(own_name))?;
         Ok(Self { chat, object, input, is_stored })
     }
