@@ -193,7 +193,8 @@ def test_nonsense_is_refused_by_path(server: Server) -> None:
 def test_texts_are_analysed(server: Server) -> None:
     texts = [{"name": name, "text": text} for name, text in TEXTS.items()]
     texts.append({"name": "chat", "messages": CHAT["messages"]})
-    ablations = {"random": {"random": {"seed": 0}}, "top-1": {"top_k": 1}, "none": {}}
+    overrides = {"random": {"random": {"seed": 0}}, "top-1": {"top_k": 1}, "none": {}}
+    ablations = [{"name": name, "moe": moe} for name, moe in overrides.items()]
     analysis = post(server, "/v1/routing/analyze", texts=texts, tokens=True, ablations=ablations)
     assert (analysis["num_experts"], analysis["top_k"]) == (NUM_EXPERTS, 2)
     for text in analysis["texts"]:

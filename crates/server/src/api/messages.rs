@@ -12,12 +12,13 @@ use crate::error::{ApiError, quoted};
 
 /// Takes `messages`, each checked, in the form that chat templates read.
 pub(crate) fn take(fields: &mut Fields, max_bytes: usize) -> Result<Vec<Value>, ApiError> {
-    let messages = fields.list("messages", limits::MAX_MESSAGES)?.ok_or_else(|| missing("messages"))?;
+    let path = fields.path("messages");
+    let messages = fields.list("messages", limits::MAX_MESSAGES)?.ok_or_else(|| missing(&path))?;
     if messages.is_empty() {
-        return Err(wrong_value("messages", "expected at least one message"));
+        return Err(wrong_value(&path, "expected at least one message"));
     }
     let message = |(path, value)| Fields::of(value, path).and_then(|fields| message(fields, max_bytes));
-    indexed("messages", messages).into_iter().map(message).collect()
+    indexed(&path, messages).into_iter().map(message).collect()
 }
 
 fn message(mut fields: Fields, max_bytes: usize) -> Result<Value, ApiError> {

@@ -1,9 +1,10 @@
 //! The fields `routing` and `moe`: see to which experts tokens go, and decide it.
 //!
-//! `routing` is true, or says which layers, whether from the prompt's first token on, and how it is written. `moe` is one
-//! object of overrides for all layers, or several, each for some `layers`. Both are checked here to the last number: a
-//! request that gets through can be steered.
+//! `routing` is true, or says which layers, whether from the prompt's first token on, and how it is written. `moe` is
+//! one object of overrides, for all layers or some, and perhaps with a record to repeat; or it is several such objects,
+//! each for other `layers`. Both are checked here to the last number: a request that gets through can be steered.
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use engine::RecordRouting;
@@ -14,6 +15,9 @@ use super::fields::{Fields, wrong_type, wrong_value};
 use super::params::indexed;
 use crate::error::ApiError;
 use crate::routing::wire::{self, Encoding, RoutingBody};
+
+/// Temperatures of a router's softmax.
+pub(crate) const GATE_TEMPERATURE: RangeInclusive<f64> = 0.01..=100.0;
 
 /// What a request says about routing.
 #[derive(Debug, Default)]
@@ -87,35 +91,31 @@ pub(crate) fn take_steering(
     limits: &RunnerLimits,
 ) -> Result<Option<Steering>, ApiError> {
     let path = fields.path(name);
+    let mut replay = None;
     let objects = match fields.take(name) {
         None => return Ok(None),
-        Some(object @ Value::Object(_)) => vec![(path.clone(), object)],
-        Some(Value::Array(objects)) if objects.len() <= limits.num_layers => indexed(&path, objects),
+        Some(object @ Value::Object(_)) => {
+            let mut object = Fields::of(object, path.clone())?;
+            if let Some(record) = object.object("replay")? {
+                check_steerable(&path, limits)?;
+                replay = Some(Arc::new(wire::read(record, limits.num_layers, limits.route())?));
+            }
+            vec![object]
+        }
+        Some(Value::Array(objects)) if objects.len() <= limits.num_layers => {
+            let object = |(path, object)| Fields::of(object, path);
+            indexed(&path, objects).into_iter().map(object).collect::<Result<_, _>>()?
+        }
         Some(other) => {
             let expected = format!("an object, or an array of at most {} objects", limits.num_layers);
             return Err(wrong_type(&path, &expected, &other));
         }
     };
-    check_has_experts(&path, limits)?;
-    if limits.num_experts > MAX_STEERED_EXPERTS {
-        let expected = format!("layers of more than {MAX_STEERED_EXPERTS} experts cannot be steered");
-        return Err(wrong_value(&path, &expected));
-    }
+    check_steerable(&path, limits)?;
     let mut layers = vec![None; limits.num_layers];
-    let mut replay = None;
-    for (path, object) in objects {
-        let mut fields = Fields::of(object, path)?;
-        let (layers_path, replay_path) = (fields.path("layers"), fields.path("replay"));
+    for mut fields in objects {
+        let layers_path = fields.path("layers");
         let of_layers = wire::take_layers(&mut fields, "layers", limits.num_layers)?;
-        if let Some(record) = fields.object("replay")? {
-            if of_layers.is_some() || replay.is_some() {
-                return Err(wrong_value(
-                    &replay_path,
-                    "a record has layers of its own; give one, without 'layers'",
-                ));
-            }
-            replay = Some(Arc::new(wire::read(record, limits.num_layers, limits.route())?));
-        }
         let layer = take_layer(&mut fields, limits)?;
         fields.finish()?;
         for index in of_layers.unwrap_or_else(|| (0..limits.num_layers as u32).collect()) {
@@ -127,6 +127,15 @@ pub(crate) fn take_steering(
     let plain = LayerSteering::new(limits.top_k);
     let layers = layers.into_iter().map(|layer| layer.unwrap_or_else(|| plain.clone())).collect();
     Ok(Some(Steering::new(limits.route(), layers, replay)))
+}
+
+fn check_steerable(path: &str, limits: &RunnerLimits) -> Result<(), ApiError> {
+    check_has_experts(path, limits)?;
+    if limits.num_experts > MAX_STEERED_EXPERTS {
+        let expected = format!("layers of more than {MAX_STEERED_EXPERTS} experts cannot be steered");
+        return Err(wrong_value(path, &expected));
+    }
+    Ok(())
 }
 
 /// The overrides of one layer, which leave it something to choose from.
@@ -152,7 +161,7 @@ fn take_layer(fields: &mut Fields, limits: &RunnerLimits) -> Result<LayerSteerin
         let expected = format!("it names {num_forced} experts, and a token has {top_k}; raise 'top_k'");
         return Err(wrong_value(&force_path, &expected));
     }
-    let temperature = fields.number("temperature", 0.01..=100.0)?.unwrap_or(1.0) as f32;
+    let temperature = fields.number("temperature", GATE_TEMPERATURE)?.unwrap_or(1.0) as f32;
     let random_seed = match fields.object("random")? {
         None => None,
         Some(mut random) => {
@@ -219,7 +228,7 @@ mod tests {
         check(json!({"moe": {"temperature": 0}}), "moe.temperature");
         check(json!({"moe": {"random": {"x": 1}}}), "moe.random.x");
         check(json!({"moe": [{"layers": [0]}, {}]}), "moe[1].layers");
-        check(json!({"moe": [{"layers": [0], "replay": {}}]}), "moe[0].replay");
+        check(json!({"moe": [{"replay": {}}]}), "moe[0].replay");
         check(json!({"moe": {"replay": {"experts": [], "weights": 1}}}), "moe.replay.weights");
     }
 

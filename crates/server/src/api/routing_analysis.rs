@@ -10,7 +10,6 @@ use axum::extract::{Request, State};
 use engine::RecordRouting;
 use model::{SampleParams, Steering};
 use serde::Serialize;
-use serde_json::Value;
 
 use super::chat::Conversation;
 use super::fields::{Fields, missing, string_at, wrong_value};
@@ -29,8 +28,8 @@ use crate::state::AppState;
 use crate::text::model::{TextError, TextModel};
 
 /// Most texts of a request, and most ablations.
-const MAX_TEXTS: usize = 64;
-const MAX_ABLATIONS: usize = 8;
+pub(crate) const MAX_TEXTS: usize = 64;
+pub(crate) const MAX_ABLATIONS: usize = 8;
 
 #[derive(Serialize)]
 pub(crate) struct Analysis {
@@ -187,22 +186,18 @@ fn take_texts(fields: &mut Fields, state: &AppState) -> Result<Vec<(String, Sour
     indexed("texts", texts).into_iter().map(text).collect()
 }
 
-/// Takes `ablations`: names, and the overrides that each stands for.
+/// Takes `ablations`, each a name and the overrides that it stands for.
 fn take_ablations(fields: &mut Fields, state: &AppState) -> Result<Vec<(String, Arc<Steering>)>, ApiError> {
-    let Some(named) = fields.object("ablations")? else { return Ok(Vec::new()) };
-    let named: Vec<(String, Value)> = named.rest().collect();
-    if named.len() > MAX_ABLATIONS {
-        return Err(wrong_value("ablations", &format!("it has more than {MAX_ABLATIONS} entries")));
-    }
-    let ablation = |(name, overrides): (String, Value)| {
-        let shown: String = name.chars().take(100).collect();
-        let mut fields = Fields::of(serde_json::json!({shown.as_str(): overrides}), "ablations".to_owned())?;
-        let path = fields.path(&shown);
-        let steering = take_steering(&mut fields, &shown, state.engine.limits())?;
-        let steering = steering.ok_or_else(|| wrong_value(&path, "expected overrides, as in 'moe'"))?;
-        Ok((name, Arc::new(steering)))
+    let ablations = fields.list("ablations", MAX_ABLATIONS)?.unwrap_or_default();
+    let ablation = |(path, ablation)| {
+        let mut fields = Fields::of(ablation, path)?;
+        let [name_path, moe_path] = ["name", "moe"].map(|name| fields.path(name));
+        let name = fields.string("name", limits::MAX_LABEL_BYTES)?.ok_or_else(|| missing(name_path))?;
+        let steering = take_steering(&mut fields, "moe", state.engine.limits())?;
+        let steering = steering.ok_or_else(|| missing(moe_path))?;
+        fields.finish().map(|()| (name, Arc::new(steering)))
     };
-    named.into_iter().map(ablation).collect()
+    indexed("ablations", ablations).into_iter().map(ablation).collect()
 }
 
 /// A request that reads a text and generates nothing.

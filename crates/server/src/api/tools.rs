@@ -44,19 +44,20 @@ pub(crate) struct Callable {
 
 /// Takes `tools`, `tool_choice` and `parallel_tool_calls`.
 pub(crate) fn take(fields: &mut Fields, text: &TextModel) -> Result<Tools, ApiError> {
+    let [path, choice_path] = ["tools", "tool_choice"].map(|name| fields.path(name));
     let offered = fields.list("tools", limits::MAX_TOOLS)?.unwrap_or_default();
     let callable = |(path, tool)| Fields::of(tool, path).and_then(take_tool);
-    let callable: Result<_, ApiError> = indexed("tools", offered.clone()).into_iter().map(callable).collect();
+    let callable: Result<_, ApiError> = indexed(&path, offered.clone()).into_iter().map(callable).collect();
     let single_call = !fields.boolean("parallel_tool_calls")?.unwrap_or(true);
     let tools = Tools { offered, single_call, callable: callable?, ..Tools::default() };
     let tools = match fields.take("tool_choice") {
         None => tools,
-        Some(Value::String(choice)) => choose_mode(tools, "tool_choice", &choice)?,
-        Some(choice @ Value::Object(_)) => choose(tools, Fields::of(choice, "tool_choice".to_owned())?)?,
-        Some(other) => return Err(wrong_type("tool_choice", "a string or an object", &other)),
+        Some(Value::String(choice)) => choose_mode(tools, &choice_path, &choice)?,
+        Some(choice @ Value::Object(_)) => choose(tools, Fields::of(choice, choice_path)?)?,
+        Some(other) => return Err(wrong_type(&choice_path, "a string or an object", &other)),
     };
     if !tools.offered.is_empty() && text.tool_calls_token.is_none() {
-        return Err(wrong_value("tools", "this model has no token for tool calls"));
+        return Err(wrong_value(&path, "this model has no token for tool calls"));
     }
     Ok(tools)
 }

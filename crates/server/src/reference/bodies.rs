@@ -3,8 +3,11 @@
 use std::ops::RangeInclusive;
 
 use engine::limits::REPETITION_PENALTY;
+use model::RunnerLimits;
 
 use super::schema::{Field, Named, boolean, integer, list, number, object, one_of, open_object, string};
+use crate::api::routing::GATE_TEMPERATURE;
+use crate::api::routing_analysis::{MAX_ABLATIONS, MAX_TEXTS};
 use crate::api::{anthropic, responses};
 use crate::config::limits::*;
 use crate::state::AppState;
@@ -19,9 +22,10 @@ pub(super) fn chat(state: &AppState) -> Vec<Named> {
         ("max_tokens", integer(POSITIVE, "The older name of the same")),
         ("logprobs", boolean("Adds the log-probabilities of the answer's tokens")),
         ("top_logprobs", integer(0..=MAX_CHAT_LOGPROBS, "Alternatives to each, with `logprobs`")),
-        ("response_format", object("Only text", vec![("type", string("text"))])),
+        ("response_format", response_format()),
         ("modalities", open_list("Only [\"text\"]")),
     ]);
+    fields.extend(bounds());
     fields.extend(shared(state));
     fields
 }
@@ -37,7 +41,95 @@ pub(super) fn completion(state: &AppState) -> Vec<Named> {
             integer(1..=i64::from(state.config.max_choices), "Generates more choices than are shown"),
         ),
     ];
+    fields.extend(bounds());
     fields.extend(shared(state));
+    fields
+}
+
+/// What an answer must look like, in a chat.
+fn response_format() -> Field {
+    let schema = vec![
+        ("name", string("Letters, digits, _ and -")),
+        ("description", string("")),
+        ("schema", anything("JSON schema")),
+        ("strict", boolean("The answer is what the schema says in any case")),
+    ];
+    let format = vec![
+        ("type", string("text, json_object or json_schema")),
+        ("json_schema", object("Of json_schema", schema)),
+    ];
+    object("What the answer must look like", format)
+}
+
+/// The same in other words, of which a request has one.
+fn bounds() -> Vec<Named> {
+    vec![
+        ("regex", string("The answer matches it from end to end")),
+        ("choice", list(string(""), MAX_CHOICE_STRINGS, "The answer is one of these")),
+        ("grammar", string("The answer follows it: Lark, as llguidance has it")),
+    ]
+}
+
+/// What is said about routing.
+fn routing(state: &AppState) -> Vec<Named> {
+    let limits = state.engine.limits();
+    let record = vec![
+        ("layers", list(anything("A layer"), limits.num_layers, "Others are left out")),
+        ("prompt", boolean("From the prompt's first token on")),
+        ("encoding", string("json or base64")),
+    ];
+    vec![("routing", one_of("Which experts tokens went to", [boolean(""), object("", record)])), moe(limits)]
+}
+
+fn moe(limits: &RunnerLimits) -> Named {
+    let (each, mut one) = (object("", steering(limits)), steering(limits));
+    one.push(("replay", replay(limits)));
+    let forms = [object("", one), list(each, limits.num_layers, "")];
+    ("moe", one_of("Decides which experts tokens go to", forms))
+}
+
+/// The overrides of some layers.
+fn steering(limits: &RunnerLimits) -> Vec<Named> {
+    let experts = |about| list(anything("An expert"), limits.num_experts, about);
+    vec![
+        ("layers", list(anything("A layer"), limits.num_layers, "Default: all")),
+        ("top_k", integer(1..=limits.max_steered_experts() as i64, "Experts per token")),
+        ("ban", experts("No token goes to them")),
+        ("force", experts("Every token goes to them")),
+        ("temperature", number(GATE_TEMPERATURE, "Flattens or sharpens the gate weights")),
+        ("random", object("Chooses at random", vec![("seed", integer(SEED, ""))])),
+    ]
+}
+
+/// A recorded routing, in either encoding.
+fn replay(limits: &RunnerLimits) -> Field {
+    object(
+        "A recorded routing",
+        vec![
+            ("start", integer(0..=i64::from(u32::MAX / 2), "Position of the first token")),
+            ("layers", list(anything("A layer"), limits.num_layers, "Default: all")),
+            ("encoding", string("json or base64")),
+            ("shape", list(anything(""), 3, "Of base64: tokens, layers, experts per token")),
+            ("experts", anything("By token, layer and rank")),
+            ("weights", anything("By token, layer and rank")),
+        ],
+    )
+}
+
+pub(super) fn analysis(state: &AppState) -> Vec<Named> {
+    let limits = state.engine.limits();
+    let ablation = object("", vec![("name", string("")), moe(limits)]);
+    let mut text = vec![("name", string("")), ("text", string("Text; or `messages` instead"))];
+    text.extend(conversation());
+    let mut fields = vec![
+        ("model", string("The served name; absent means it")),
+        ("texts", list(object("", text), MAX_TEXTS, "Named texts")),
+        ("text", string("One text without a name; or `messages`, or `texts`")),
+        ("layers", list(anything("A layer"), limits.num_layers, "Default: all")),
+        ("tokens", boolean("Adds each token's loss")),
+        ("ablations", list(ablation, MAX_ABLATIONS, "Reads the texts again under overrides")),
+    ];
+    fields.extend(conversation());
     fields
 }
 
@@ -74,12 +166,15 @@ pub(super) fn response(state: &AppState) -> Vec<Named> {
         ("store", boolean("Default: true")),
         ("max_output_tokens", integer(POSITIVE, "Default: the rest of the context")),
         ("tools", open_list("Functions, flat: type, name, description, parameters")),
-        ("tool_choice", anything("none or auto")),
+        ("tool_choice", anything("none, auto, required, or a function by name")),
         (
             "text",
             object(
                 "The answer's form",
-                vec![("format", open_object("Only {\"type\": \"text\"}")), ("verbosity", string("medium"))],
+                vec![
+                    ("format", open_object("text, json_object, or json_schema with its name and schema")),
+                    ("verbosity", string("medium")),
+                ],
             ),
         ),
         ("include", list(string("message.output_text.logprobs"), MAX_TOOLS, "")),
@@ -132,7 +227,11 @@ pub(super) fn message_count(state: &AppState) -> Vec<Named> {
             cache_control(),
         ],
     );
-    let choice = vec![("type", string("auto or none")), ("disable_parallel_tool_use", boolean(""))];
+    let choice = vec![
+        ("type", string("auto, any, tool or none")),
+        ("name", string("Of tool")),
+        ("disable_parallel_tool_use", boolean("")),
+    ];
     let mut fields = vec![
         ("messages", list(message, MAX_MESSAGES, "The conversation")),
         ("system", texts("A system message")),
@@ -170,7 +269,7 @@ fn conversation() -> Vec<Named> {
             ("name", string("Letters, digits, _ and -")),
             ("description", string("")),
             ("parameters", open_object("JSON schema")),
-            ("strict", boolean("Only false")),
+            ("strict", boolean("Arguments follow the schema even where the model calls of its own accord")),
         ],
     );
     let called = object("", vec![("name", string("")), ("arguments", string("A JSON object"))]);
@@ -190,7 +289,7 @@ fn conversation() -> Vec<Named> {
     vec![
         ("messages", list(message, MAX_MESSAGES, "The conversation")),
         ("tools", list(tool, MAX_TOOLS, "Functions that the model may call")),
-        ("tool_choice", anything("none or auto")),
+        ("tool_choice", anything("none, auto, required, a named function, or allowed_tools")),
         ("parallel_tool_calls", boolean("Default: true")),
     ]
 }
@@ -202,7 +301,7 @@ fn shared(state: &AppState) -> Vec<Named> {
         ("include_usage", boolean("A last chunk with the usage")),
         ("continuous_usage_stats", boolean("The usage so far in every chunk")),
     ];
-    vec![
+    let mut fields = vec![
         ("model", string("The served name; absent means it")),
         ("n", integer(1..=i64::from(state.config.max_choices), "Choices per prompt")),
         ("temperature", number(TEMPERATURE, "Default: 1; 0 takes the likeliest token")),
@@ -239,7 +338,9 @@ fn shared(state: &AppState) -> Vec<Named> {
         ("service_tier", string("auto or default")),
         ("verbosity", string("medium")),
         ("reasoning_effort", string("none")),
-    ]
+    ];
+    fields.extend(routing(state));
+    fields
 }
 
 fn token() -> Field {

@@ -10,7 +10,7 @@ pub(super) fn chat() -> Vec<Value> {
         "strict": false,
     });
     let called = json!({"name": "get_weather", "arguments": "{\"city\": \"Oslo\"}"});
-    vec![
+    let plain = vec![
         json!({"messages": [{"role": "user", "content": "What is the capital of France?"}]}),
         json!({
             "messages": [
@@ -21,18 +21,68 @@ pub(super) fn chat() -> Vec<Value> {
             "tools": [{"type": "function", "function": function}],
             "tool_choice": "auto",
             "response_format": {"type": "text"},
+            "routing": true,
             "max_completion_tokens": 30,
             "stream": true,
             "stream_options": {"include_usage": true, "continuous_usage_stats": true},
         }),
+    ];
+    plain.into_iter().chain(steered(&bound_chat())).collect()
+}
+
+/// A chat whose answer is bound.
+fn bound_chat() -> Value {
+    let schema = json!({"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]});
+    json!({
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "max_tokens": 30,
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "answer", "description": "A city", "strict": true, "schema": schema},
+        },
+    })
+}
+
+/// The same body with each form of steering.
+fn steered(body: &Value) -> Vec<Value> {
+    let replay = json!({"start": 0, "layers": [1], "experts": [[[2, 5]]], "weights": [[[0.75, 0.25]]]});
+    let packed = json!({
+        "shape": [1, 1, 1], "layers": [0], "encoding": "base64", "experts": "AgA=", "weights": "AACAPw==",
+    });
+    let overrides = json!({
+        "layers": [0], "top_k": 3, "ban": [0], "force": [1], "temperature": 2.0, "random": {"seed": 1},
+    });
+    let moe =
+        [json!({"replay": replay}), json!({"replay": packed, "random": {"seed": 1}}), json!([overrides])];
+    let record = json!({"layers": [0], "prompt": true, "encoding": "base64"});
+    let steered = |moe| {
+        let mut body = body.clone();
+        (body["routing"], body["moe"]) = (record.clone(), moe);
+        body
+    };
+    moe.into_iter().map(steered).collect()
+}
+
+pub(super) fn analysis() -> Vec<Value> {
+    let text = json!({"name": "story", "text": "Once upon a time"});
+    let mut chat = chat_tokens();
+    chat["name"] = json!("chat");
+    let ablation = |body: Value| json!({"name": "other", "moe": body["moe"]});
+    let ablations: Vec<Value> = steered(&json!({})).into_iter().map(ablation).collect();
+    vec![
+        json!({"text": "Once upon a time", "layers": [0], "tokens": true}),
+        json!({"texts": [text, chat], "ablations": ablations}),
+        chat_tokens(),
     ]
 }
 
 pub(super) fn completion() -> Vec<Value> {
-    vec![
+    let mut bodies = steered(&json!({"prompt": "Once", "max_tokens": 8, "regex": "[a-z]{1,4}"}));
+    bodies.extend([
         json!({"prompt": "Once upon a time", "max_tokens": 8, "temperature": 0.5, "seed": 7, "stop": ["."]}),
         json!({"prompt": [[1, 300], [1, 301]], "max_tokens": 2, "stream": true, "stream_options": {"include_usage": true}}),
-    ]
+    ]);
+    bodies
 }
 
 pub(super) fn response() -> Vec<Value> {
@@ -85,7 +135,7 @@ pub(super) fn message_count() -> Vec<Value> {
                 {"role": "user", "content": [result]},
             ],
             "tools": [{"name": "get_weather", "description": "d", "input_schema": {"type": "object"}}],
-            "tool_choice": {"type": "auto", "disable_parallel_tool_use": true},
+            "tool_choice": {"type": "tool", "name": "get_weather", "disable_parallel_tool_use": true},
             "metadata": {"user_id": "ada"},
             "thinking": {"type": "disabled"},
         }),

@@ -42,6 +42,7 @@ fn operations(state: &AppState) -> Vec<(Method, &'static str, &'static str, Opti
     let response = body(bodies::response(state), &["input"], examples::response());
     let message = body(bodies::message(state), &["messages", "max_tokens"], examples::message());
     let count = body(bodies::message_count(state), &["messages"], examples::message_count());
+    let analysis = body(bodies::analysis(state), &[], examples::analysis());
     let tokenize = body(bodies::tokenize(state), &[], examples::tokenize());
     let detokenize = body(bodies::detokenize(state), &["tokens"], examples::detokenize());
     vec![
@@ -53,6 +54,7 @@ fn operations(state: &AppState) -> Vec<(Method, &'static str, &'static str, Opti
         (get.clone(), "/v1/responses/{id}/input_items", "Pages through what a response answered", None),
         (post.clone(), "/v1/messages", "Answers a conversation in Anthropic's form", message),
         (post.clone(), "/v1/messages/count_tokens", "Counts what a conversation sends to the model", count),
+        (post.clone(), "/v1/routing/analyze", "Says how the routers take given texts", analysis),
         (post.clone(), "/v1/cancel/{id}", "Ends an answer under way; its reader gets what there is", None),
         (get.clone(), "/v1/models", "Lists the served model", None),
         (get.clone(), "/v1/models/{id}", "Describes the served model", None),

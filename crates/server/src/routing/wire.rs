@@ -16,6 +16,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::api::fields::{Fields, list_at, missing, number_at, wrong_type, wrong_value};
+use crate::api::params::required;
 use crate::error::ApiError;
 
 /// Stands for no expert in base64.
@@ -157,8 +158,8 @@ fn read_json(
     shape: RouteShape,
 ) -> Result<RoutingRecord, ApiError> {
     let (ids_path, weights_path) = (fields.path("experts"), fields.path("weights"));
-    let ids = fields.list("experts", MAX_TOKENS)?.ok_or_else(|| missing(&ids_path))?;
-    let weights = fields.list("weights", MAX_TOKENS)?.ok_or_else(|| missing(&weights_path))?;
+    let ids = list_at(&ids_path, required(fields, "experts")?, MAX_TOKENS)?;
+    let weights = list_at(&weights_path, required(fields, "weights")?, MAX_TOKENS)?;
     let num_layers = record.layers.len();
     let width = ids.iter().flat_map(Value::as_array).flatten().flat_map(Value::as_array).map(Vec::len).max();
     let width = width.unwrap_or(0).min(shape.num_experts);
@@ -248,10 +249,9 @@ fn take_bytes<const N: usize>(
     count: usize,
 ) -> Result<Vec<[u8; N]>, ApiError> {
     let path = fields.path(name);
-    let text = match fields.take(name) {
-        Some(Value::String(text)) => text,
-        Some(other) => return Err(wrong_type(&path, "a string in base64", &other)),
-        None => return Err(missing(path)),
+    let text = match required(fields, name)? {
+        Value::String(text) => text,
+        other => return Err(wrong_type(&path, "a string in base64", &other)),
     };
     let bytes =
         BASE64_STANDARD.decode(text).map_err(|error| wrong_value(&path, &format!("{error} in base64")))?;

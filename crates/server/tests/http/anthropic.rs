@@ -76,8 +76,9 @@ async fn calls_are_blocks() {
     let events = events(&message(&server, with(tools, json!({"stream": true}))).await);
     let block = events.iter().find(|event| event["content_block"]["type"] == "tool_use").unwrap();
     assert_eq!((&block["index"], &block["content_block"]["input"]), (&json!(1), &json!({})));
-    let arguments = events.iter().find_map(|event| event["delta"]["partial_json"].as_str()).unwrap();
-    assert_eq!(serde_json::from_str::<Value>(arguments).unwrap(), json!({"a": 1}));
+    let arguments: String =
+        events.iter().filter_map(|event| event["delta"]["partial_json"].as_str()).collect();
+    assert_eq!(serde_json::from_str::<Value>(&arguments).unwrap(), json!({"a": 1}));
 }
 
 #[tokio::test]
