@@ -4,11 +4,13 @@
 //! A template is the model's and never the client's, and still it is not trusted with the server: it runs on
 //! limited fuel, and its output is cut off at a limit.
 
+use std::borrow::Cow;
 use std::io;
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde};
-use minijinja::{Environment, Error, ErrorKind, Value, context};
+use minijinja::{Environment, Error, ErrorKind, State, Value, context};
+use minijinja_contrib::pycompat;
 use serde_json::Value as Json;
 
 use super::control::ControlTokens;
@@ -46,8 +48,9 @@ impl ChatTemplate {
         let mut environment = Environment::new();
         environment.set_syntax(syntax()?);
         environment.set_fuel(Some(MAX_FUEL));
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_unknown_method_callback(python_method);
         environment.add_filter("tojson", tojson);
+        environment.add_filter("trim", trim);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         let compiled = environment.add_template_owned(NAME, control.respell(source));
@@ -94,6 +97,35 @@ fn syntax() -> Result<SyntaxConfig, TextError> {
 fn refused(error: Error) -> TextError {
     let message = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
     TextError::Conversation(message)
+}
+
+/// Methods of Python's strings and collections, which templates call.
+fn python_method(
+    state: &mut State<'_, '_>,
+    value: &Value,
+    method: &str,
+    args: &[Value],
+) -> Result<Value, Error> {
+    let text = value.as_str().filter(|_| args.is_empty());
+    match (method, text) {
+        ("strip", Some(text)) => Ok(text.trim_matches(is_python_space).into()),
+        ("lstrip", Some(text)) => Ok(text.trim_start_matches(is_python_space).into()),
+        ("rstrip", Some(text)) => Ok(text.trim_end_matches(is_python_space).into()),
+        _ => pycompat::unknown_method_callback(state, value, method, args),
+    }
+}
+
+fn trim(text: Cow<'_, str>, characters: Option<Cow<'_, str>>) -> String {
+    match characters {
+        Some(characters) => text.trim_matches(|c| characters.contains(c)).to_owned(),
+        None => text.trim_matches(is_python_space).to_owned(),
+    }
+}
+
+/// `str.isspace`: Python counts the separators of files, groups, records and units as white space, Unicode's
+/// property, and so Rust, does not.
+fn is_python_space(character: char) -> bool {
+    character.is_whitespace() || matches!(character, '\u{1C}'..='\u{1F}')
 }
 
 fn raise_exception(message: &str) -> Result<Value, Error> {
@@ -176,6 +208,16 @@ mod tests {
         );
         check("{{ documents is none }} {{ nothing is defined }} {{ messages[1:] | length }}", "True False 0");
         check("{% for x in range(9) %}{% if x == 2 %}{% break %}{% endif %}{{ x }}{% endfor %}", "01");
+    }
+
+    #[test]
+    fn white_space_is_what_python_takes_for_it() {
+        let padded = "'\u{1C}\u{1D} \u{1E}\u{85}a\u{1F}\u{A0}\u{200B}\u{3000}'";
+        check(&format!("{{{{ {padded} | trim }}}}"), "a\u{1F}\u{A0}\u{200B}");
+        check(&format!("{{{{ {padded}.strip() }}}}"), "a\u{1F}\u{A0}\u{200B}");
+        check(&format!("{{{{ {padded}.lstrip().rstrip('\u{3000}\u{200B}') }}}}"), "a\u{1F}\u{A0}");
+        check("{{ '\u{1C}a\u{1F}'.rstrip() }}", "\u{1C}a");
+        check("{{ 'xyaxb' | trim('xyb') }}", "a");
     }
 
     #[test]
