@@ -80,9 +80,14 @@ impl ChatTemplate {
             bos_token => &self.bos_token,
             eos_token => &self.eos_token,
         };
-        let mut out = Limited { text: Vec::new(), max_bytes };
+        let mut out = Limited { text: Vec::new(), max_bytes, is_full: false };
         let template = self.environment.get_template(NAME).map_err(refused)?;
-        template.render_captured_to(context, &mut out).map_err(refused)?;
+        let rendered = template.render_captured_to(context, &mut out);
+        if out.is_full {
+            let message = format!("the rendered conversation is longer than {max_bytes} bytes; shorten it");
+            return Err(TextError::Conversation(message));
+        }
+        rendered.map_err(refused)?;
         String::from_utf8(out.text).map_err(|error| TextError::Conversation(error.to_string()))
     }
 }
@@ -153,11 +158,14 @@ fn tojson(value: &Value, options: Kwargs) -> Result<String, Error> {
 struct Limited {
     text: Vec<u8>,
     max_bytes: usize,
+    /// Something did not fit any more.
+    is_full: bool,
 }
 
 impl io::Write for Limited {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if self.text.len() + bytes.len() > self.max_bytes {
+            self.is_full = true;
             return Err(io::Error::other("the rendered conversation is too long"));
         }
         self.text.extend_from_slice(bytes);
@@ -228,6 +236,14 @@ mod tests {
             panic!("the template raised nothing");
         };
         assert_eq!(message, "roles must alternate");
+    }
+
+    #[test]
+    fn a_conversation_that_is_too_long_is_refused_as_such() {
+        let Err(TextError::Conversation(message)) = render("{{ 'long' * 300 }}", json!([]), None) else {
+            panic!("1200 bytes fit in 1000");
+        };
+        assert_eq!(message, "the rendered conversation is longer than 1000 bytes; shorten it");
     }
 
     #[test]
