@@ -145,6 +145,8 @@ impl Detokenizer {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::LazyLock;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -222,7 +224,61 @@ mod tests {
         runs.iter().any(|run| std::str::from_utf8(run).is_err_and(|error| error.valid_up_to() > 0))
     }
 
+    /// The tokenizer of the demo model, which has words of many characters, and every byte.
+    static DEMO: LazyLock<TextTokenizer> = LazyLock::new(|| {
+        let json = include_bytes!("../../../demo/model/tokenizer.json");
+        TextTokenizer::new(json).expect("the demo's tokenizer loads")
+    });
+
+    /// Any tokens of the demo, bytes more often than by chance, and characters of bytes.
+    fn demo_ids() -> impl Strategy<Value = Vec<u32>> {
+        let bytes = |character: char| {
+            let mut utf8 = [0; 4];
+            character.encode_utf8(&mut utf8).bytes().map(|byte| 10 + u32::from(byte)).collect()
+        };
+        let part = prop_oneof![
+            3 => (0u32..1536).prop_map(|id| vec![id]),
+            1 => (10u32..266).prop_map(|id| vec![id]),
+            2 => any::<char>().prop_map(bytes),
+        ];
+        proptest::collection::vec(part, 0..12).prop_map(|parts| parts.concat())
+    }
+
     proptest! {
+        /// Wherever a stream ends, it has shown what a decode of the tokens so far gives.
+        #[test]
+        fn every_prefix_is_the_whole_decode_of_its_tokens(ids in demo_ids()) {
+            let mut detokenizer = Detokenizer::new(Arc::clone(DEMO.vocabulary()));
+            let mut shown = String::new();
+            for len in 1..=ids.len() {
+                detokenizer.push(ids[len - 1], &mut shown);
+                let mut ended = shown.clone();
+                detokenizer.clone().finish(&mut ended);
+                if !has_broken_run_with_complete_start(&DEMO, &ids[..len]) {
+                    prop_assert_eq!(ended, DEMO.whole_decode(&ids[..len]), "{:?}", &ids[..len]);
+                }
+            }
+        }
+
+        /// Wherever a prompt ends and its completion begins, the two texts join to the text of both.
+        #[test]
+        fn a_prompt_and_its_completion_join_to_the_whole_decode(ids in demo_ids()) {
+            prop_assume!(!has_broken_run_with_complete_start(&DEMO, &ids));
+            for split in 0..=ids.len() {
+                let (prompt, completion) = ids.split_at(split);
+                let mut joined = String::new();
+                let mut before = Detokenizer::new(Arc::clone(DEMO.vocabulary()));
+                prompt.iter().for_each(|&id| before.push(id, &mut joined));
+                if !before.is_idle() || before.is_run_broken {
+                    continue;
+                }
+                let mut detokenizer = Detokenizer::after(Arc::clone(DEMO.vocabulary()), prompt);
+                completion.iter().for_each(|&id| detokenizer.push(id, &mut joined));
+                detokenizer.finish(&mut joined);
+                prop_assert_eq!(joined, DEMO.whole_decode(&ids), "{:?} after {:?}", completion, prompt);
+            }
+        }
+
         #[test]
         fn increments_of_any_ids_sum_to_the_whole_decode(
             ids in proptest::collection::vec(0u32..320, 0..24), bytes in proptest::collection::vec(10u32..266, 0..6),
