@@ -99,6 +99,9 @@ fn gate_up<B: Backend>(backend: &mut B, x: &[f32], router: &WeightView, experts:
     let router = backend.matrix(std::slice::from_ref(router), MatrixUse::Exact).unwrap();
     let mut routing = backend.routing(tokens, RouteShape { num_experts: 3, top_k: 2 }).unwrap();
     let experts = backend.experts(experts).unwrap();
+    let mut batch = Batch::new();
+    batch.push_sequence(&vec![0; tokens], 0, &vec![1; tokens.div_ceil(BLOCK_SIZE as usize)], BLOCK_SIZE);
+    backend.begin_step(&batch).unwrap();
     backend.route(&from, Some(&router), &mut routing, 0, tokens);
     backend.experts_gate_up(&from, &experts, &routing, &mut act);
     backend.download(&act, 2 * tokens)
