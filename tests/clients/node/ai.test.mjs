@@ -52,7 +52,8 @@ const tools = {
     description: "Get the time in a city.",
     // As the demo model has seen it: zod's `additionalProperties` would put it off.
     inputSchema: jsonSchema({ type: "object", properties: { city: { type: "string" } }, required: ["city"] }),
-    execute: async () => ({ time: "15:43" }),
+    // As text, spaced as the demo model has read results: others it copies well or badly by the call's random id.
+    execute: async () => '{"time": "15:43"}',
   }),
 };
 const askTime = { tools, prompt: "What time is it in Hamburg?", stopWhen: stepCountIs(2) };
