@@ -3,7 +3,7 @@
 
 use std::ops::{AddAssign, Range};
 
-use crate::steering::{NONE, RouteRule, StepSteering};
+use crate::steering::{NONE, RouteRule, StepSteering, filled_entries};
 
 /// The router's choice for a step's tokens, and the tokens grouped by expert.
 ///
@@ -48,10 +48,7 @@ pub struct LayerChoices {
 impl LayerChoices {
     /// The experts and weights of one token, without empty entries.
     pub fn of(&self, token: usize) -> (&[u32], &[f32]) {
-        let first = token * self.width;
-        let ids = &self.ids[first..first + self.width];
-        let count = ids.iter().position(|&id| id == NONE).unwrap_or(self.width);
-        (&ids[..count], &self.weights[first..first + count])
+        filled_entries(&self.ids, &self.weights, token, self.width)
     }
 }
 

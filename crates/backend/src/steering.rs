@@ -104,10 +104,7 @@ impl RoutingRecord {
 
     /// The experts and weights of a token in the `index`-th of the record's layers, without empty entries.
     pub fn choice(&self, token: usize, index: usize) -> (&[u32], &[f32]) {
-        let first = token * self.token_entries() + index * self.width;
-        let ids = &self.ids[first..first + self.width];
-        let count = ids.iter().position(|&id| id == NONE).unwrap_or(self.width);
-        (&ids[..count], &self.weights[first..first + count])
+        filled_entries(&self.ids, &self.weights, token * self.layers.len() + index, self.width)
     }
 
     /// Appends the next token's choice in the next layer.
@@ -125,6 +122,19 @@ impl RoutingRecord {
         self.ids.extend_from_slice(&later.ids);
         self.weights.extend_from_slice(&later.weights);
     }
+}
+
+/// The experts and weights in the `index`-th run of `width` entries, without the empty ones at its end.
+pub(crate) fn filled_entries<'a>(
+    ids: &'a [u32],
+    weights: &'a [f32],
+    index: usize,
+    width: usize,
+) -> (&'a [u32], &'a [f32]) {
+    let entries = index * width..(index + 1) * width;
+    let (ids, weights) = (&ids[entries.clone()], &weights[entries]);
+    let count = ids.iter().position(|&id| id == NONE).unwrap_or(width);
+    (&ids[..count], &weights[..count])
 }
 
 /// What a request asks of all routers.

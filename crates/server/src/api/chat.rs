@@ -5,7 +5,6 @@
 
 use axum::extract::{Request, State};
 use axum::response::Response;
-use model::RoutingRecord;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -180,7 +179,7 @@ struct ChatWording {
     has_logprobs: bool,
     returns_token_ids: bool,
     prompt_token_ids: Option<Vec<u32>>,
-    routing: Option<WrittenRouting>,
+    routing: WrittenRouting,
 }
 
 #[derive(Serialize)]
@@ -297,7 +296,7 @@ impl Wording for ChatWording {
             logprobs: self.logprobs(delta.scores),
             finish_reason: None,
             token_ids: delta.token_ids,
-            routing: self.routing_body(delta.routing),
+            routing: self.routing.body(delta.routing),
         })
     }
 
@@ -340,12 +339,8 @@ impl ChatWording {
             logprobs: self.logprobs(answer.scores),
             finish_reason: answer.ending.unwrap_or(Ending::Stop).as_str(),
             token_ids: self.returns_token_ids.then_some(answer.token_ids),
-            routing: self.routing_body(answer.routing),
+            routing: self.routing.body(answer.routing),
         }
-    }
-
-    fn routing_body(&self, record: Option<RoutingRecord>) -> Option<RoutingBody> {
-        self.routing.zip(record).map(|(written, record)| written.body(record))
     }
 
     fn logprobs(&self, scores: Vec<TokenScore>) -> Option<Logprobs> {

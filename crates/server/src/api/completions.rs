@@ -5,7 +5,6 @@
 
 use axum::extract::{Request, State};
 use axum::response::Response;
-use model::RoutingRecord;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -169,7 +168,7 @@ struct CompletionWording {
     echoes: Vec<String>,
     /// One per prompt if token ids are wanted, else none.
     prompts: Vec<Vec<u32>>,
-    routing: Option<WrittenRouting>,
+    routing: WrittenRouting,
 }
 
 #[derive(Serialize)]
@@ -224,7 +223,7 @@ impl Wording for CompletionWording {
         }
         let logprobs = self.logprobs(prompt_scores, delta.scores, self.num_echoed_chars(index / self.n));
         let token_ids = Some(delta.token_ids).filter(|ids| !ids.is_empty());
-        let routing = self.routing_body(delta.routing);
+        let routing = self.routing.body(delta.routing);
         let text = format!("{echo}{}", delta.text);
         Some(Choice { text, logprobs, token_ids, routing, ..self.silence(index) })
     }
@@ -279,12 +278,8 @@ impl CompletionWording {
             prompt_token_ids: self.prompt_token_ids(prompt_index),
             token_ids: (!self.prompts.is_empty()).then_some(answer.token_ids),
             prompt_logprobs: answer.prompt_logprobs,
-            routing: self.routing_body(answer.routing),
+            routing: self.routing.body(answer.routing),
         }
-    }
-
-    fn routing_body(&self, record: Option<RoutingRecord>) -> Option<RoutingBody> {
-        self.routing.zip(record).map(|(written, record)| written.body(record))
     }
 
     fn prompt_token_ids(&self, prompt_index: usize) -> Option<Vec<u32>> {

@@ -24,18 +24,17 @@ pub(crate) const GATE_TEMPERATURE: RangeInclusive<f64> = 0.01..=100.0;
 pub(crate) struct RoutingParams {
     pub(crate) record: Option<RecordRouting>,
     pub(crate) steering: Option<Arc<Steering>>,
-    /// How records are written; `None` if none is asked for.
-    pub(crate) written: Option<WrittenRouting>,
+    pub(crate) written: WrittenRouting,
 }
 
-/// How an answer shows its routing.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct WrittenRouting(Encoding);
+/// How an answer shows its routing; `None`: not at all.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct WrittenRouting(Option<Encoding>);
 
 impl WrittenRouting {
-    /// A record as the client wants it.
-    pub(crate) fn body(self, record: RoutingRecord) -> RoutingBody {
-        RoutingBody::new(record, self.0)
+    /// A record as the client wants it, if it wants one and there is one.
+    pub(crate) fn body(self, record: Option<RoutingRecord>) -> Option<RoutingBody> {
+        self.0.zip(record).map(|(encoding, record)| RoutingBody::new(record, encoding))
     }
 }
 
@@ -43,21 +42,19 @@ impl RoutingParams {
     pub(crate) fn take(fields: &mut Fields, limits: &RunnerLimits) -> Result<Self, ApiError> {
         let (record, written) = take_record(fields, limits)?.unzip();
         let steering = take_steering(fields, "moe", limits)?.map(Arc::new);
-        Ok(Self { record, steering, written })
+        Ok(Self { record, steering, written: WrittenRouting(written) })
     }
 }
 
 fn take_record(
     fields: &mut Fields,
     limits: &RunnerLimits,
-) -> Result<Option<(RecordRouting, WrittenRouting)>, ApiError> {
+) -> Result<Option<(RecordRouting, Encoding)>, ApiError> {
     let path = fields.path("routing");
     let all_layers = || (0..limits.num_layers as u32).collect();
     let wanted = match fields.take("routing") {
         None | Some(Value::Bool(false)) => return Ok(None),
-        Some(Value::Bool(true)) => {
-            (RecordRouting { layers: all_layers(), prompt: false }, WrittenRouting(Encoding::Json))
-        }
+        Some(Value::Bool(true)) => (RecordRouting { layers: all_layers(), prompt: false }, Encoding::Json),
         Some(object @ Value::Object(_)) => {
             let mut fields = Fields::of(object, path.clone())?;
             let layers = wire::take_layers(&mut fields, "layers", limits.num_layers)?;
@@ -69,7 +66,7 @@ fn take_record(
                 Some(_) => return Err(wrong_value(&encoding_path, "expected 'json' or 'base64'")),
             };
             fields.finish()?;
-            (RecordRouting { layers: layers.unwrap_or_else(all_layers), prompt }, WrittenRouting(encoding))
+            (RecordRouting { layers: layers.unwrap_or_else(all_layers), prompt }, encoding)
         }
         Some(other) => return Err(wrong_type(&path, "a boolean or an object", &other)),
     };
