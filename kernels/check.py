@@ -25,7 +25,7 @@ EXPECTED_SASS = [
     (r"wgmma_e4m3_\w+", "sm_90a", ["QGMMA", "UTMALDG"]),
     (r"mma_(f32|bf16|swiglu)_\d+", None, ["HMMA", "LDSM", "LDGSTS"]),
     (r"mma_e4m3_\w+", "sm_89", ["QMMA", "LDSM", "LDGSTS"]),
-    (r"attention_\d+", None, ["HMMA", "LDSM", "LDGSTS"]),
+    (r"attention_(prefill|decode)_\d+", None, ["HMMA", "LDSM", "LDGSTS"]),
 ]
 
 

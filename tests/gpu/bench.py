@@ -14,12 +14,12 @@ from launches import (
     TILES,
     TOP_K,
     Attention,
+    AttentionPlan,
     Launcher,
     Quantized,
     SampleRow,
     Sampling,
     bf16,
-    plan_attention,
 )
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 16
@@ -117,7 +117,7 @@ def planned_attention(launch, num_seqs, num_tokens, position, split):
     cache = torch.randn(num_blocks, 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM, device="cuda").bfloat16()
     table = torch.randperm(num_blocks, device="cuda").int()
     sequences = [(index * table_len, num_tokens, position) for index in range(num_seqs)]
-    plan = plan_attention(sequences, HEADS // KV_HEADS, HEADS, split)
+    plan = AttentionPlan(sequences, HEADS, KV_HEADS, split)
     q = bf16(num_seqs * num_tokens, HEADS * HEAD_DIM)
     return Attention(launch, q, cache, table, plan, HEADS, KV_HEADS, HEAD_DIM, 1 << 30)
 

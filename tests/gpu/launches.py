@@ -143,8 +143,9 @@ class Sampling:
 
     def run(self):
         num_rows, vocab = self.logits.shape
-        args = [self.logits, vocab, self.logits.stride(0), self.rows, None, None, self.tokens, self.reported]
-        self.kernels.launch("sample", num_rows, 1024, args)
+        edits = masks = originals = None
+        args = [self.logits, vocab, self.logits.stride(0), self.rows, edits, masks, originals]
+        self.kernels.launch("sample", num_rows, 1024, [*args, self.tokens, self.reported])
 
     def top_tokens(self):
         """Of each row the taken token, then the likeliest ones."""
@@ -162,54 +163,67 @@ def int32(values):
     return torch.tensor(values, dtype=torch.int32, device="cuda")
 
 
-def plan_attention(sequences, group, heads, split):
-    """Items, folds and number of partial rows for sequences of (block table start, tokens, position).
+DECODE_ROWS, PREFILL_ROWS = 16, 64
+
+
+class AttentionPlan:
+    """Items and folds for sequences of (block table start, tokens, position), as crates/cuda plans them.
 
     Split, every chunk of keys is an item of its own; otherwise an item walks all that its tokens see.
     """
-    per_tile, items, folds, partials, first_token = 64 // group, [], [], 0, 0
-    for table_start, num_tokens, position in sequences:
-        for first in range(0, num_tokens, per_tile):
-            count = min(per_tile, num_tokens - first)
-            tile = [table_start, first_token + first, count, position + first]
-            chunks = -(-(position + first + count) // CHUNK_KEYS)
-            if not split:
-                items.append([*tile, 0, chunks, NO_PARTIAL])
-                continue
-            for token in range(count):
-                folds.append([first_token + first + token, partials + token * heads, count * heads, chunks])
-            for c in range(chunks):
-                items.append([*tile, c, c + 1, partials])
-                partials += count * heads
-        first_token += num_tokens
-    return items, folds, partials
+
+    def __init__(self, sequences, heads, kv_heads, split):
+        group = heads // kv_heads
+        per_tile, first_token = PREFILL_ROWS // group, 0
+        self.decode_items, self.prefill_items, self.folds, self.num_partials = [], [], [], 0
+        for table_start, num_tokens, position in sequences:
+            for first in range(0, num_tokens, per_tile):
+                count = min(per_tile, num_tokens - first)
+                items = self.decode_items if count * group <= DECODE_ROWS else self.prefill_items
+                tile = [table_start, first_token + first, count, position + first]
+                chunks = -(-(position + first + count) // CHUNK_KEYS)
+                if not split:
+                    items.append([*tile, 0, chunks, NO_PARTIAL])
+                    continue
+                for token in range(count):
+                    partial = self.num_partials + token * heads
+                    self.folds.append([first_token + first + token, partial, count * heads, chunks])
+                for c in range(chunks):
+                    items.append([*tile, c, c + 1, self.num_partials])
+                    self.num_partials += count * heads
+            first_token += num_tokens
 
 
 class Attention:
     """One planned attention, with everything it needs on the device, so that it can be timed."""
 
     def __init__(self, launch, q, cache, table, plan, heads, kv_heads, head_dim, window):
-        items, folds, partials = plan
         self.kernels, self.heads, self.kv_heads = launch.kernels, heads, kv_heads
-        block_size, stride = cache.shape[3:]
-        kv = KvShape(heads, kv_heads, head_dim, stride, block_size)
+        block_size, self.stride = cache.shape[3:]
+        kv = KvShape(heads, kv_heads, head_dim, self.stride, block_size)
         scale = math.log2(math.e) / math.sqrt(head_dim)
         self.shape = AttentionShape(kv, q.shape[1], q.shape[1], window, scale)
-        self.inputs, self.stride = [q, cache, table, int32(items)], stride
-        self.folds = int32(folds) if folds else None
+        self.inputs = [q, cache, table]
+        self.decode_items, self.prefill_items = int32(plan.decode_items), int32(plan.prefill_items)
+        self.folds = int32(plan.folds)
         self.out = torch.zeros_like(q)
-        self.softmax = torch.full((max(partials, 1), 2), math.nan, device="cuda")
-        self.output = torch.full((max(partials, 1), stride), math.nan, device="cuda")
+        partials = max(plan.num_partials, 1)
+        self.softmax = torch.full((partials, 2), math.nan, device="cuda")
+        self.output = torch.full((partials, self.stride), math.nan, device="cuda")
 
     def run(self):
-        grid = (self.inputs[3].shape[0], self.kv_heads)
-        args = [*self.inputs, self.shape, self.out, self.softmax, self.output]
-        self.kernels.launch(
-            f"attention_{self.stride}", grid, 128, args, 5 * 64 * self.stride * 2 + 16 * 72 * 4
-        )
-        if self.folds is not None:
+        for name, items, threads, rows in (
+            ("decode", self.decode_items, 32, 2 * 64 + DECODE_ROWS),
+            ("prefill", self.prefill_items, 128, 4 * 64 + PREFILL_ROWS),
+        ):
+            if len(items):
+                grid = (len(items), self.kv_heads)
+                args = [*self.inputs, items, self.shape, self.out, self.softmax, self.output]
+                kernel = f"attention_{name}_{self.stride}"
+                self.kernels.launch(kernel, grid, threads, args, rows * self.stride * 2)
+        if len(self.folds):
             args = [self.folds, self.softmax, self.output, self.shape, self.out]
-            self.kernels.launch("attention_fold", (self.folds.shape[0], self.heads), 128, args)
+            self.kernels.launch("attention_fold", (len(self.folds), self.heads), 128, args)
         return self.out
 
 
@@ -270,7 +284,7 @@ class Launcher:
 
     def attend(self, q, cache, table, position, heads, kv_heads, head_dim, window, split):
         """Tokens q [n, heads · head_dim] of one sequence from `position` on."""
-        plan = plan_attention([(0, q.shape[0], position)], heads // kv_heads, heads, split)
+        plan = AttentionPlan([(0, q.shape[0], position)], heads, kv_heads, split)
         return Attention(self, q, cache, table, plan, heads, kv_heads, head_dim, window).run()
 
     def gather(self, x, permutation, permuted):

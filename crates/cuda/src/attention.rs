@@ -1,10 +1,11 @@
 //! How a step's attention is cut into work: tiles of query tokens, over all that they see or over one chunk of keys.
 //!
-//! A tile that walks all its keys needs no second pass; one tile per chunk keeps the whole device busy when there are few
-//! tiles. The kernels give the same bits either way (`kernels/attention.cu`), so this chooses by speed alone.
+//! A tile that walks all its keys needs no second pass; one tile per chunk keeps the whole device busy. The kernels give
+//! the same bits either way (`kernels/attention.cuh`), so this chooses by speed alone: what decodes is always split, for
+//! each of its items is one warp; a prompt is split if it has few tiles.
 //!
 //! The number of chunks grows with the context, and a recorded launch has a fixed number of blocks: split work is filled
-//! up to a power of two with items that have nothing to do.
+//! up to a rounded number with items that have nothing to do.
 
 use std::ops::Range;
 
@@ -13,40 +14,46 @@ use bytemuck::Zeroable;
 
 use crate::kernels::{AttentionItem, FoldItem};
 
-/// Query rows of a tile: tokens times query heads of one kv head.
-pub(crate) const TILE_ROWS: usize = 64;
+/// Query rows, tokens times query heads of one kv head, of an item that decodes.
+pub(crate) const DECODE_ROWS: usize = 16;
+/// Query rows of a tile of a prompt.
+pub(crate) const PREFILL_ROWS: usize = 64;
 /// Keys of a chunk.
 const CHUNK_KEYS: usize = 256;
 const NO_PARTIAL: i32 = -1;
 
-/// Dynamic shared memory of a block: two tiles of keys and of values, one of queries, and scores `[16, 72]` in f32 that
-/// warps exchange.
-pub(crate) const fn shared_bytes(head_stride: u32) -> u32 {
-    5 * 64 * head_stride * 2 + 16 * 72 * 4
-}
-
-/// Rows of partial results there is room for; more would have enough tiles anyway.
-pub(crate) const MAX_PARTIALS: usize = 1 << 16;
+/// Rows of partial results there is room for: a token and head of a chunk each, as of 256 sequences of 4096 tokens and
+/// 32 heads. What does not fit is not split.
+pub(crate) const MAX_PARTIALS: usize = 1 << 17;
 
 /// The sizes of a model's attention that its work is planned by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct PlanShape {
     pub(crate) num_heads: usize,
     pub(crate) num_kv_heads: usize,
-    /// Blocks that keep a device busy.
+    /// Blocks that keep a device busy with a prompt.
     pub(crate) enough_blocks: usize,
 }
 
 impl PlanShape {
+    fn group(&self) -> usize {
+        self.num_heads / self.num_kv_heads
+    }
+
     fn tokens_per_tile(&self) -> usize {
-        TILE_ROWS / (self.num_heads / self.num_kv_heads)
+        PREFILL_ROWS / self.group()
+    }
+
+    fn decodes(&self, tile: &QueryTile) -> bool {
+        tile.tokens.len() * self.group() <= DECODE_ROWS
     }
 }
 
 /// One step's work.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Plan {
-    pub(crate) items: Vec<AttentionItem>,
+    pub(crate) decode_items: Vec<AttentionItem>,
+    pub(crate) prefill_items: Vec<AttentionItem>,
     /// Per token of a split tile; empty if none is split.
     pub(crate) folds: Vec<FoldItem>,
 }
@@ -54,12 +61,12 @@ pub(crate) struct Plan {
 impl Plan {
     /// Plans a batch; keeps the allocations.
     pub(crate) fn make(&mut self, shape: &PlanShape, batch: &Batch) {
-        self.items.clear();
+        self.decode_items.clear();
+        self.prefill_items.clear();
         self.folds.clear();
         let tiles = || (0..batch.num_seqs()).flat_map(|seq| tiles_of(shape, batch, seq));
-        let num_tiles = tiles().count();
-        let partials: usize = tiles().map(|(_, tile)| tile.num_partials(shape)).sum();
-        let split = num_tiles * shape.num_kv_heads < shape.enough_blocks && partials <= MAX_PARTIALS;
+        let num_wide = tiles().filter(|(_, tile)| !shape.decodes(tile)).count();
+        let splits_wide = num_wide * shape.num_kv_heads < shape.enough_blocks;
         let mut first_partial = 0;
         for (seq, tile) in tiles() {
             let item = AttentionItem {
@@ -71,34 +78,50 @@ impl Plan {
                 end_chunk: tile.num_chunks() as i32,
                 first_partial: NO_PARTIAL,
             };
-            if split && tile.num_chunks() > 1 {
-                self.push_split(shape, &tile, item, first_partial);
-                first_partial += tile.num_partials(shape);
+            let decodes = shape.decodes(&tile);
+            let items = if decodes { &mut self.decode_items } else { &mut self.prefill_items };
+            let end_partial = first_partial + tile.num_partials(shape);
+            if tile.num_chunks() > 1 && (decodes || splits_wide) && end_partial <= MAX_PARTIALS {
+                push_split(items, &mut self.folds, shape, &tile, item, first_partial);
+                first_partial = end_partial;
             } else {
-                self.items.push(item);
+                items.push(item);
             }
         }
         if !self.folds.is_empty() {
-            self.items.resize(self.items.len().next_power_of_two(), AttentionItem::zeroed());
-            self.folds.resize(self.folds.len().next_power_of_two(), FoldItem::zeroed());
+            self.decode_items.resize(rounded_up(self.decode_items.len()), AttentionItem::zeroed());
+            self.prefill_items.resize(rounded_up(self.prefill_items.len()), AttentionItem::zeroed());
+            self.folds.resize(rounded_up(self.folds.len()), FoldItem::zeroed());
         }
     }
+}
 
-    fn push_split(&mut self, shape: &PlanShape, tile: &QueryTile, item: AttentionItem, first_partial: usize) {
-        let chunk_rows = tile.tokens.len() * shape.num_heads;
-        self.folds.extend(tile.tokens.clone().enumerate().map(|(index, token)| FoldItem {
-            token: token as i32,
-            first_partial: (first_partial + index * shape.num_heads) as i32,
-            chunk_rows: chunk_rows as i32,
-            num_chunks: item.end_chunk,
-        }));
-        self.items.extend((0..item.end_chunk).map(|chunk| AttentionItem {
-            first_chunk: chunk,
-            end_chunk: chunk + 1,
-            first_partial: first_partial as i32 + chunk * chunk_rows as i32,
-            ..item
-        }));
-    }
+/// `count` rounded up to one of four numbers from one power of two to the next: few to record, and few blocks idle.
+fn rounded_up(count: usize) -> usize {
+    count.next_multiple_of((count.next_power_of_two() / 8).max(1))
+}
+
+fn push_split(
+    items: &mut Vec<AttentionItem>,
+    folds: &mut Vec<FoldItem>,
+    shape: &PlanShape,
+    tile: &QueryTile,
+    item: AttentionItem,
+    first_partial: usize,
+) {
+    let chunk_rows = tile.tokens.len() * shape.num_heads;
+    folds.extend(tile.tokens.clone().enumerate().map(|(index, token)| FoldItem {
+        token: token as i32,
+        first_partial: (first_partial + index * shape.num_heads) as i32,
+        chunk_rows: chunk_rows as i32,
+        num_chunks: item.end_chunk,
+    }));
+    items.extend((0..item.end_chunk).map(|chunk| AttentionItem {
+        first_chunk: chunk,
+        end_chunk: chunk + 1,
+        first_partial: first_partial as i32 + chunk * chunk_rows as i32,
+        ..item
+    }));
 }
 
 /// Some query tokens of one sequence.
@@ -145,26 +168,45 @@ mod tests {
 
     #[test]
     fn every_token_is_in_one_item_where_there_are_enough() {
-        let plan = plan(&[(40, 0), (1, 300)], 1);
-        let tokens: Vec<_> = plan.items.iter().map(|item| (item.first_token, item.num_tokens)).collect();
-        assert_eq!(tokens, [(0, 16), (16, 16), (32, 8), (40, 1)]);
+        let plan = plan(&[(40, 0), (1, 200)], 1);
+        let tokens = |items: &[AttentionItem]| {
+            items.iter().map(|item| (item.first_token, item.num_tokens)).collect::<Vec<_>>()
+        };
+        assert_eq!(tokens(&plan.prefill_items), [(0, 16), (16, 16), (32, 8)]);
+        assert_eq!(tokens(&plan.decode_items), [(40, 1)]);
         assert!(plan.folds.is_empty());
-        assert_eq!((plan.items[3].block_table_start, plan.items[3].end_chunk), (200, 2));
+        assert_eq!((plan.decode_items[0].block_table_start, plan.decode_items[0].end_chunk), (200, 1));
     }
 
     #[test]
-    fn few_tiles_are_split_and_their_partial_rows_follow_one_another() {
-        let plan = plan(&[(1, 10), (2, 600)], 100);
-        let partials: Vec<_> = plan.items.iter().map(|item| item.first_partial).collect();
+    fn what_decodes_is_split_and_partial_rows_follow_one_another() {
+        let plan = plan(&[(1, 10), (2, 600)], 1);
+        let partials: Vec<_> = plan.decode_items.iter().map(|item| item.first_partial).collect();
         assert_eq!(partials, [NO_PARTIAL, 0, 16, 32]);
         let fold = |token, first_partial| FoldItem { token, first_partial, chunk_rows: 16, num_chunks: 3 };
         assert_eq!(plan.folds, [fold(1, 0), fold(2, 8)]);
     }
 
     #[test]
+    fn a_prompt_is_split_if_it_has_few_tiles() {
+        let num_items = |enough_blocks| plan(&[(32, 480)], enough_blocks).prefill_items.len();
+        assert_eq!((num_items(4), num_items(5)), (2, 4));
+    }
+
+    #[test]
+    fn what_has_no_room_is_not_split() {
+        let num_fitting = MAX_PARTIALS / (8 * 2);
+        let plan = plan(&vec![(1, 300); num_fitting + 1], 1);
+        assert_eq!(plan.decode_items[2 * num_fitting].end_chunk, 2);
+        assert_eq!(plan.decode_items[2 * num_fitting].first_partial, NO_PARTIAL);
+    }
+
+    #[test]
     fn split_work_is_filled_up_with_nothing_to_do() {
-        let plan = plan(&[(1, 600), (1, 300), (1, 300)], 100);
-        assert_eq!((plan.items.len(), plan.folds.len()), (8, 4));
-        assert_eq!((plan.items[7], plan.folds[3]), (AttentionItem::zeroed(), FoldItem::zeroed()));
+        let plan = plan(&[(1, 1000), (1, 1000), (1, 300)], 1);
+        assert_eq!((plan.decode_items.len(), plan.folds.len()), (10, 3));
+        let plan = super::tests::plan(&[(1, 1000), (1, 1000), (1, 1000), (1, 300), (1, 300), (1, 300)], 1);
+        assert_eq!((plan.decode_items.len(), plan.folds.len()), (20, 6));
+        assert_eq!(plan.decode_items[18], AttentionItem::zeroed());
     }
 }

@@ -20,7 +20,8 @@ const MAX_SHAPES: usize = 512;
 pub(crate) struct RecordedShape {
     pub(crate) num_tokens: usize,
     /// Blocks of attention, and of the fold of its parts.
-    pub(crate) num_items: usize,
+    pub(crate) num_decode_items: usize,
+    pub(crate) num_prefill_items: usize,
     pub(crate) num_folds: usize,
     /// Where the step's numbers are; they move while the first steps make room.
     pub(crate) step_address: u64,

@@ -81,9 +81,47 @@ pub(crate) static WGMMA_TILES: [Tile; 6] = [
 /// `grouped_gemm_mma.cu`, narrow to wide.
 pub(crate) static MMA_TILES: [Tile; 2] = [mma!(16), mma!(64)];
 
-/// Widths of a head that attention is compiled for, with its kernels.
-pub(crate) const ATTENTION: [(usize, &str); 4] =
-    [(16, "attention_16"), (32, "attention_32"), (64, "attention_64"), (128, "attention_128")];
+/// A kernel of attention: what its launch needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct AttentionKernel {
+    pub(crate) name: &'static str,
+    pub(crate) threads: u32,
+    pub(crate) shared_bytes: u32,
+}
+
+/// The kernels of attention for one width of a head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct AttentionKernels {
+    pub(crate) head_stride: usize,
+    /// For items of at most [`DECODE_ROWS`](crate::attention::DECODE_ROWS) query rows.
+    pub(crate) decode: AttentionKernel,
+    /// For items of at most [`PREFILL_ROWS`](crate::attention::PREFILL_ROWS).
+    pub(crate) prefill: AttentionKernel,
+}
+
+macro_rules! attention {
+    ($head_stride:literal) => {
+        AttentionKernels {
+            head_stride: $head_stride,
+            // A tile of 64 keys and values, and the queries.
+            decode: AttentionKernel {
+                name: concat!("attention_decode_", $head_stride),
+                threads: 32,
+                shared_bytes: (2 * 64 + 16) * $head_stride * 2,
+            },
+            // Two tiles of 64 keys and values, and the queries.
+            prefill: AttentionKernel {
+                name: concat!("attention_prefill_", $head_stride),
+                threads: 128,
+                shared_bytes: (4 * 64 + 64) * $head_stride * 2,
+            },
+        }
+    };
+}
+
+/// Widths of a head that attention is compiled for, narrow to wide.
+pub(crate) static ATTENTION: [AttentionKernels; 4] =
+    [attention!(16), attention!(32), attention!(64), attention!(128)];
 
 /// The products' kernels that a device runs.
 pub(crate) fn tiles(has_wgmma: bool) -> &'static [Tile] {
@@ -104,10 +142,11 @@ pub(crate) fn by_file(capability: Capability) -> Vec<(&'static str, Vec<&'static
     });
     let if_e4m3 = |names: [&'static str; 2]| names.into_iter().filter(move |_| has_e4m3);
     let grouped_gemm = if has_wgmma { "grouped_gemm_wgmma" } else { "grouped_gemm_mma" };
-    let attention = ATTENTION.iter().map(|&(_, name)| name).chain(["attention_fold"]);
     vec![
         ("add", vec!["add"]),
-        ("attention", attention.collect()),
+        ("attention_decode", ATTENTION.iter().map(|kernels| kernels.decode.name).collect()),
+        ("attention_fold", vec!["attention_fold"]),
+        ("attention_prefill", ATTENTION.iter().map(|kernels| kernels.prefill.name).collect()),
         ("combine_experts", vec!["combine_experts"]),
         ("embed", vec!["embed"]),
         ("gather_rows", vec!["gather_rows"]),
@@ -243,7 +282,7 @@ pub(crate) struct KvArguments {
     pub(crate) block_size: i32,
 }
 
-/// `AttentionShape` of `attention.cu`.
+/// `AttentionShape` of `attention.cuh`.
 #[repr(C)]
 pub(crate) struct AttentionArguments {
     pub(crate) kv: KvArguments,
@@ -262,7 +301,7 @@ pub(crate) struct Placement {
     pub(crate) interleaved: i32,
 }
 
-/// `AttentionItem` of `attention.cu`.
+/// `AttentionItem` of `attention.cuh`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 pub(crate) struct AttentionItem {
@@ -275,7 +314,7 @@ pub(crate) struct AttentionItem {
     pub(crate) first_partial: i32,
 }
 
-/// `FoldItem` of `attention.cu`.
+/// `FoldItem` of `attention_fold.cu`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 pub(crate) struct FoldItem {

@@ -213,7 +213,8 @@ impl Cuda {
         let decodes = shape.num_tokens == shape.num_logits && shape.num_tokens > 0 && !is_steered;
         (self.graphs.is_some() && decodes).then(|| RecordedShape {
             num_tokens: shape.num_tokens,
-            num_items: self.plan.items.len(),
+            num_decode_items: self.plan.decode_items.len(),
+            num_prefill_items: self.plan.prefill_items.len(),
             num_folds: self.plan.folds.len(),
             step_address: self.step.sections().token_ids,
         })
@@ -345,13 +346,13 @@ impl Backend for Cuda {
         num_blocks: usize,
         block_size: usize,
     ) -> Result<KvCache, BackendError> {
-        let widths = kernels::ATTENTION.into_iter();
-        let (head_stride, kernel) =
-            widths.filter(|&(width, _)| width >= shape.head_dim).min().ok_or_else(|| {
-                BackendError::Unsupported(format!("heads of {} features, 128 at most", shape.head_dim))
-            })?;
+        let kernels =
+            kernels::ATTENTION.iter().find(|kernels| kernels.head_stride >= shape.head_dim).ok_or_else(
+                || BackendError::Unsupported(format!("heads of {} features, 128 at most", shape.head_dim)),
+            )?;
+        let head_stride = kernels.head_stride;
         let group = shape.num_heads / shape.num_kv_heads;
-        if group > attention::TILE_ROWS {
+        if group > attention::PREFILL_ROWS {
             return Err(BackendError::Unsupported(format!(
                 "{group} query heads for each kv head, 64 at most"
             )));
@@ -382,7 +383,7 @@ impl Backend for Cuda {
             },
             window: shape.sliding_window.map_or(NO_WINDOW, |window| window.min(NO_WINDOW)) as i32,
             scale: std::f32::consts::LOG2_E / (shape.head_dim as f32).sqrt(),
-            kernel,
+            kernels,
         })
     }
 
@@ -560,15 +561,17 @@ impl Backend for Cuda {
         let partials = self.partials.as_ref().expect("a cache was made");
         let (from, to) = (q.rows(rows, DType::Bf16), out.rows(rows, DType::Bf16));
         let (softmax, output) = (partials.softmax.address, partials.output.address);
-        let grid = Grid {
-            blocks: [self.plan.items.len(), kv.kv.num_kv_heads as usize],
-            threads: 128,
-            shared_bytes: attention::shared_bytes(kv.kv.head_stride as u32),
-        };
         let cache = kv.buffer.address;
-        let arguments: [&dyn kernels::Argument; 8] =
-            [&from, &cache, &sections.block_tables, &sections.items, &shape, &to, &softmax, &output];
-        self.device.launch(kv.kernel, grid, &arguments);
+        for (kernel, items, num_items) in [
+            (kv.kernels.decode, sections.decode_items, self.plan.decode_items.len()),
+            (kv.kernels.prefill, sections.prefill_items, self.plan.prefill_items.len()),
+        ] {
+            let blocks = [num_items, kv.kv.num_kv_heads as usize];
+            let grid = Grid { blocks, threads: kernel.threads, shared_bytes: kernel.shared_bytes };
+            let arguments: [&dyn kernels::Argument; 8] =
+                [&from, &cache, &sections.block_tables, &items, &shape, &to, &softmax, &output];
+            self.device.launch(kernel.name, grid, &arguments);
+        }
         let folds =
             Grid { blocks: [self.plan.folds.len(), kv.kv.num_heads as usize], threads: 128, shared_bytes: 0 };
         self.device.launch("attention_fold", folds, &[&sections.folds, &softmax, &output, &shape, &to]);

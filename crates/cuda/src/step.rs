@@ -30,7 +30,8 @@ struct Offsets {
     slots: usize,
     block_tables: usize,
     logits_indices: usize,
-    items: usize,
+    decode_items: usize,
+    prefill_items: usize,
     folds: usize,
     token_rows: usize,
     rules: usize,
@@ -46,7 +47,8 @@ pub(crate) struct Sections {
     pub(crate) slots: u64,
     pub(crate) block_tables: u64,
     pub(crate) logits_indices: u64,
-    pub(crate) items: u64,
+    pub(crate) decode_items: u64,
+    pub(crate) prefill_items: u64,
     pub(crate) folds: u64,
 }
 
@@ -70,7 +72,8 @@ impl StepBuffers {
             positions: self.push(&batch.positions),
             slots: self.push(&batch.slot_mapping),
             logits_indices: self.push(&batch.logits_indices),
-            items: self.push(bytemuck::cast_slice(&plan.items)),
+            decode_items: self.push(bytemuck::cast_slice(&plan.decode_items)),
+            prefill_items: self.push(bytemuck::cast_slice(&plan.prefill_items)),
             folds: self.push(bytemuck::cast_slice(&plan.folds)),
             // Behind the others, for its size depends on the contexts, and a recording has the addresses of all before.
             block_tables: self.push(&batch.block_tables),
@@ -109,7 +112,8 @@ impl StepBuffers {
             slots: address(self.offsets.slots),
             block_tables: address(self.offsets.block_tables),
             logits_indices: address(self.offsets.logits_indices),
-            items: address(self.offsets.items),
+            decode_items: address(self.offsets.decode_items),
+            prefill_items: address(self.offsets.prefill_items),
             folds: address(self.offsets.folds),
         }
     }

@@ -4,7 +4,7 @@
 use backend::DType;
 
 use crate::device::Buffer;
-use crate::kernels::KvArguments;
+use crate::kernels::{AttentionKernels, KvArguments};
 
 /// Rows are padded to a multiple of this many features.
 pub(crate) const TILE_K: usize = 64;
@@ -93,7 +93,7 @@ pub struct KvCache {
     /// log2(e) / sqrt(head_dim).
     pub(crate) scale: f32,
     /// The kernel for heads of this width.
-    pub(crate) kernel: &'static str,
+    pub(crate) kernels: &'static AttentionKernels,
 }
 
 /// One layer's routing, as `route.cu` draws it.
