@@ -1,18 +1,17 @@
 """The CUDA driver through ctypes, for kernels that were compiled ahead: loads cubins, launches by name.
 
-It shares PyTorch's context and current stream, so tensors go in as they are. It does not compile anything.
+Whoever has a context can use it: with PyTorch's context and current stream, its tensors go in as they are;
+without it, on the stream it is given. It does not compile anything.
 """
 
 import ctypes
 import glob
 import os
 
-import torch
-
 CUDA = ctypes.CDLL("libcuda.so.1")
 MAX_DYNAMIC_SHARED = 8
 BF16 = 9
-SWIZZLE_128B = 3
+SWIZZLE_NONE, SWIZZLE_128B = 0, 3
 L2_PROMOTION_256B = 3
 
 
@@ -30,12 +29,13 @@ def check(status, what):
 
 
 class Kernels:
-    """All kernels of a folder of cubins for one architecture, by name."""
+    """All kernels of a folder of cubins for one architecture, by name.
 
-    def __init__(self, folder, arch="sm_90a"):
-        torch.cuda.init()
-        torch.zeros(1, device="cuda")
-        self.modules, self.functions = [], {}
+    `stream` gives the handle of the stream to launch on, by default the driver's own.
+    """
+
+    def __init__(self, folder, arch="sm_90a", stream=lambda: 0):
+        self.modules, self.functions, self.stream = [], {}, stream
         for path in sorted(glob.glob(os.path.join(folder, f"*.{arch}.cubin"))):
             with open(path, "rb") as file:
                 image = file.read()
@@ -55,12 +55,12 @@ class Kernels:
         return self.functions[name]
 
     def launch(self, name, grid, threads, args, shared=0):
-        """Launches on PyTorch's current stream; `args` are tensors, ctypes values, ints and floats."""
+        """`args` are tensors, ctypes values, ints and floats."""
         grid = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1)[:3]
         values = [argument(arg) for arg in args]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         check(CUDA.cuFuncSetAttribute(self.function(name), MAX_DYNAMIC_SHARED, shared), name)
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        stream = ctypes.c_void_p(self.stream())
         status = CUDA.cuLaunchKernel(
             self.function(name), *grid, threads, 1, 1, shared, stream, pointers, ctypes.c_void_p()
         )
@@ -68,7 +68,7 @@ class Kernels:
 
 
 def argument(arg):
-    if isinstance(arg, torch.Tensor):
+    if hasattr(arg, "data_ptr"):
         return ctypes.c_void_p(arg.data_ptr())
     if arg is None:
         return ctypes.c_void_p(0)
@@ -79,11 +79,11 @@ def argument(arg):
     return arg
 
 
-def tensor_map(tensor, box):
-    """The map of a bf16 tensor `[.., rows, k]` for boxes of `box` = (k, rows), under the 128-byte swizzle."""
+def tensor_map(tensor, box, swizzle=SWIZZLE_128B):
+    """The map of a bf16 tensor `[.., rows, k]` for boxes of `box` = (k, rows, ..), by default one of each."""
     dims = list(reversed(tensor.shape))
     strides = [stride * 2 for stride in reversed(tensor.stride())][1:]
-    box = [*box] + [1] * (len(dims) - 2)
+    box = [*box] + [1] * (len(dims) - len(box))
     buffer = ctypes.create_string_buffer(ctypes.sizeof(TensorMap) + 64)
     address = (ctypes.addressof(buffer) + 63) // 64 * 64
     result = TensorMap.from_address(address)
@@ -98,7 +98,7 @@ def tensor_map(tensor, box):
         (ctypes.c_uint32 * len(dims))(*box),
         (ctypes.c_uint32 * len(dims))(*[1] * len(dims)),
         0,
-        SWIZZLE_128B,
+        swizzle,
         L2_PROMOTION_256B,
         0,
     )

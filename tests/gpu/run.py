@@ -25,7 +25,8 @@ def main():
     parser.add_argument("--checks-only", action="store_true", help="time nothing, as under compute-sanitizer")
     options = parser.parse_args()
     torch.manual_seed(time.time_ns() % 2**32)
-    kernels = Kernels(options.cubins)
+    torch.zeros(1, device="cuda")
+    kernels = Kernels(options.cubins, stream=lambda: torch.cuda.current_stream().cuda_stream)
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, seed {torch.initial_seed()}", flush=True
     )
