@@ -5,7 +5,8 @@ usage: check.py NVIDIA_DIR [OUT_DIR]
 
 NVIDIA_DIR is where `pip install --no-deps --target` put the packages of kernels/requirements.txt. Fails on
 register spills, stack frames, warnings, serialised wgmma and missing tensor-core instructions; prints the
-registers and static shared memory of each kernel. Leaves the cubins in OUT_DIR, by default kernels/cubins.
+registers and static shared memory of each kernel. Leaves the cubins in OUT_DIR, by default kernels/cubins,
+and in OUT_DIR/wrappers that of the kernels which tests/gpu/wrappers.py runs.
 """
 
 import ctypes
@@ -26,6 +27,9 @@ EXPECTED_SASS = [
     (r"mma_(f32|bf16|swiglu)_\d+", None, ["HMMA", "LDSM", "LDGSTS"]),
     (r"mma_e4m3_\w+", "sm_89", ["QMMA", "LDSM", "LDGSTS"]),
     (r"attention_(prefill|decode)_\d+", None, ["HMMA", "LDSM", "LDGSTS"]),
+    (r"wgmma_gemm_\d+", "sm_90a", ["HGMMA", "UTMALDG"]),
+    (r"wgmma_gemm_e4m3_\d+", "sm_90a", ["QGMMA", "UTMALDG"]),
+    (r"register_budget", "sm_90a", ["USETMAXREG"]),
 ]
 
 
@@ -101,7 +105,6 @@ def main():
     nvidia_dir = sys.argv[1]
     kernels_dir = os.path.dirname(os.path.abspath(__file__))
     out_dir = sys.argv[2] if len(sys.argv) > 2 else os.path.join(kernels_dir, "cubins")
-    os.makedirs(out_dir, exist_ok=True)
     nvrtc = load_nvrtc(nvidia_dir)
     disassembler = glob.glob(f"{nvidia_dir}/nvidia/*/bin/nvdisasm")[0]
     headers = {}
@@ -109,14 +112,18 @@ def main():
         with open(path, "rb") as header:
             headers[os.path.basename(path).encode()] = header.read()
 
+    builds = [(path, TARGETS, out_dir) for path in sorted(glob.glob(f"{kernels_dir}/*.cu"))]
+    # Apart from the others: a binary embeds all cubins that lie in OUT_DIR itself.
+    builds.append((f"{kernels_dir}/emulator/test_kernels.cu", ["sm_90a"], os.path.join(out_dir, "wrappers")))
     table, complaints, started, total_bytes = {}, [], time.monotonic(), 0
-    for path in sorted(glob.glob(f"{kernels_dir}/*.cu")):
+    for path, targets, folder in builds:
         name = os.path.splitext(os.path.basename(path))[0]
-        for target in TARGETS:
+        os.makedirs(folder, exist_ok=True)
+        for target in targets:
             cubin, log = compile_kernel(nvrtc, path, headers, target)
             if cubin is None:
                 sys.exit(f"{name} for {target}:\n{log}")
-            cubin_path = os.path.join(out_dir, f"{name}.{target}.cubin")
+            cubin_path = os.path.join(folder, f"{name}.{target}.cubin")
             with open(cubin_path, "wb") as file:
                 file.write(cubin)
             total_bytes += len(cubin)
@@ -130,8 +137,10 @@ def main():
     for kernel, usages in table.items():
         cells = (f"{usages[t][0]} r {usages[t][1]} B" if t in usages else "-" for t in TARGETS)
         print(f"{kernel:<22}" + "".join(f"{cell:>16}" for cell in cells))
-    builds = sum(len(usages) for usages in table.values())
-    print(f"{builds} kernels, {total_bytes / 1024:.0f} KiB of cubins, {time.monotonic() - started:.0f} s")
+    num_kernels = sum(len(usages) for usages in table.values())
+    print(
+        f"{num_kernels} kernels, {total_bytes / 1024:.0f} KiB of cubins, {time.monotonic() - started:.0f} s"
+    )
     print("\n".join(complaints) or "no spills, no stack frames, no warnings, all instructions as meant")
     sys.exit(bool(complaints))
 

@@ -4,6 +4,9 @@
 # usage: build.sh driver OUT_DIR [plain|address|thread]     OUT_DIR/libcuda.so.1 with every kernel of ../*.cu
 #        build.sh test [OUT_DIR]                            builds and runs tests.cpp and driver_tests.cpp, plain and
 #                                                           under both sanitizers
+#        build.sh test-driver OUT_DIR                       OUT_DIR/libcuda.so.1 with the kernels of test_kernels.cu
+#                                                           alone, for tests/gpu/wrappers.py; `test` leaves the same
+#                                                           in OUT_DIR/plain
 #
 # Needs only g++. Objects are kept in OUT_DIR and compiled again when a source is newer. With a sanitizer, kernels are
 # instrumented and the emulator is not (sanitizers.h); the process that loads the driver preloads libasan or libtsan.
@@ -114,8 +117,13 @@ build_driver() {
     compile "$out/$name.o" "$here/$name.cpp"
   done
   finish
-  "$compiler" -shared -Wl,-z,defs -Wl,-soname,libcuda.so.1 "${link[@]}" -o "$out/libcuda.so.1.new" \
-    "${objects[@]}" -pthread
+  link_driver "$out" "${objects[@]}"
+}
+
+link_driver() {
+  local out=$1
+  shift
+  "$compiler" -shared -Wl,-z,defs -Wl,-soname,libcuda.so.1 "${link[@]}" -o "$out/libcuda.so.1.new" "$@" -pthread
   mv "$out/libcuda.so.1.new" "$out/libcuda.so.1"
 }
 
@@ -138,6 +146,7 @@ build_tests() {
   "$compiler" "${link[@]}" -o "$out/tests" "${emulator_objects[@]}" "$out/tests.o" -pthread
   "$compiler" "${link[@]}" -o "$out/driver_tests" "${emulator_objects[@]}" "$out/driver_tests.o" \
     "${driver_objects[@]}" -pthread
+  link_driver "$out" "${emulator_objects[@]}" "${driver_objects[@]}"
 }
 
 run_tests() {
@@ -153,9 +162,10 @@ run_tests() {
 
 case ${1:-} in
   driver) build_driver "${2:?usage: build.sh driver OUT_DIR [VARIANT]}" "${3:-plain}" ;;
+  test-driver) build_tests "${2:?usage: build.sh test-driver OUT_DIR}" plain ;;
   test) run_tests "${2:-/tmp/emulator-tests}" ;;
   *)
-    sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
     exit 2
     ;;
 esac

@@ -1,8 +1,8 @@
-// Kernels that try each wrapper of the emulator, and kernels with planted bugs. tests.cpp runs them and knows what they
-// should give.
+// Kernels that try each wrapper of device.cuh and wgmma.cuh, and kernels with planted bugs. tests.cpp runs them on the
+// emulator and knows what they should give; tests/gpu/wrappers.py runs those without bugs on a GPU too, and compares.
 //
 // The two pipelines are small versions of the matrix products in use: cp.async into ldmatrix and mma.sync, and bulk
-// tensor copies into wgmma. A `Bug` leaves out one of their steps.
+// tensor copies into wgmma. A `Bug` leaves out one of their steps; on a GPU those are not even compiled.
 #include "device.cuh"
 
 // ---- warps -----------------------------------------------------------------------------------------------------
@@ -89,7 +89,8 @@ KERNEL(128, named_barriers)(int* out, int rounds) {
 }
 REGISTER_KERNEL(named_barriers)
 
-// What a block finds in shared memory that it never wrote, and then leaves there for the next.
+#ifdef EMULATOR
+// What a block finds in shared memory that it never wrote, and then leaves there for the next: here poison.
 KERNEL(32, unwritten_shared)(unsigned* out) {
   __shared__ unsigned fixed[32];
   DYNAMIC_SHARED(unsigned, dynamic);
@@ -98,6 +99,7 @@ KERNEL(32, unwritten_shared)(unsigned* out) {
   fixed[threadIdx.x] = dynamic[threadIdx.x] = 7;
 }
 REGISTER_KERNEL(unwritten_shared)
+#endif
 
 // Where each thread of a grid of three dimensions is.
 KERNEL(24, coordinates)(uint4* out) {
@@ -138,6 +140,81 @@ KERNEL(32, matrices)(const uint4* rows, uint32_t* out) {
   }
 }
 REGISTER_KERNEL(matrices)
+
+// ---- cp.async --------------------------------------------------------------------------------------------------
+
+// Four groups of two copies, each read as soon as no more than those behind it are in flight. Every third copy is not
+// valid, and must write zeros over what was there.
+KERNEL(32, async_copies)(const uint4* in, uint4* out) {
+  constexpr int GROUPS = 4;
+  __shared__ uint4 slots[GROUPS * 64];
+  for (int i = threadIdx.x; i < GROUPS * 64; i += 32) slots[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
+  __syncwarp();
+  for (int group = 0; group < GROUPS; group++) {
+    for (int half = 0; half < 2; half++) {
+      int i = group * 64 + half * 32 + threadIdx.x;
+      cp_async_16(&slots[i], &in[i], i % 3 != 0);
+    }
+    cp_async_commit();
+  }
+  auto read = [&](int group) {
+    for (int half = 0; half < 2; half++) {
+      int i = group * 64 + half * 32 + threadIdx.x;
+      out[i] = slots[i];
+    }
+  };
+  cp_async_wait<3>();
+  read(0);
+  cp_async_wait<2>();
+  read(1);
+  cp_async_wait<1>();
+  read(2);
+  cp_async_wait<0>();
+  read(3);
+}
+REGISTER_KERNEL(async_copies)
+
+// ---- mma.sync --------------------------------------------------------------------------------------------------
+
+// Four bytes of a fragment: those of this lane's quad, in the 16 bytes at `byte` of a row.
+DEVICE uint32_t fragment_word(const uint8_t* matrix, int row, int row_bytes, int byte) {
+  return *reinterpret_cast<const uint32_t*>(matrix + static_cast<int64_t>(row) * row_bytes + byte +
+                                            threadIdx.x % 4 * 4);
+}
+
+// c[16, 8] tiles of a · bᵀ, one warp each, in one chain of mma.sync from the first 32 bytes of a row to the last. Rows
+// are of bf16 or e4m3; fragments come straight from global memory.
+template <bool IS_E4M3>
+DEVICE void mma_chain(const uint8_t* a, const uint8_t* b, float* c, int columns, int row_bytes) {
+  int group = threadIdx.x / 4, first_row = blockIdx.y * 16, first_column = blockIdx.x * 8;
+  float d[4] = {};
+  for (int byte = 0; byte < row_bytes; byte += 32) {
+    uint32_t fragment[4];
+    for (int i = 0; i < 4; i++) {
+      fragment[i] = fragment_word(a, first_row + group + i % 2 * 8, row_bytes, byte + i / 2 * 16);
+    }
+    uint32_t low = fragment_word(b, first_column + group, row_bytes, byte);
+    uint32_t high = fragment_word(b, first_column + group, row_bytes, byte + 16);
+    if constexpr (IS_E4M3) {
+      mma_m16n8k32(d, fragment, low, high);
+    } else {
+      mma_m16n8k16(d, fragment, low, high);
+    }
+  }
+  for (int i = 0; i < 4; i++) {
+    int row = first_row + group + i / 2 * 8, column = first_column + threadIdx.x % 4 * 2 + i % 2;
+    c[row * columns + column] = d[i];
+  }
+}
+
+KERNEL(32, mma_chain_bf16)(const uint8_t* a, const uint8_t* b, float* c, int columns, int row_bytes) {
+  mma_chain<false>(a, b, c, columns, row_bytes);
+}
+REGISTER_KERNEL(mma_chain_bf16)
+KERNEL(32, mma_chain_e4m3)(const uint8_t* a, const uint8_t* b, float* c, int columns, int row_bytes) {
+  mma_chain<true>(a, b, c, columns, row_bytes);
+}
+REGISTER_KERNEL(mma_chain_e4m3)
 
 // ---- cp.async into mma.sync ------------------------------------------------------------------------------------
 
@@ -198,26 +275,73 @@ DEVICE void mma_gemm(const bf16* a, const bf16* b, float* c, int rows, int colum
   }                                                                                                  \
   REGISTER_KERNEL(NAME)
 MMA_GEMM(mma_gemm_right, MMA_RIGHT)
+#ifdef EMULATOR
 MMA_GEMM(mma_gemm_no_copy_wait, NO_COPY_WAIT)
 MMA_GEMM(mma_gemm_no_sync_after_copy, NO_SYNC_AFTER_COPY)
 MMA_GEMM(mma_gemm_no_sync_before_copy, NO_SYNC_BEFORE_COPY)
+#endif
+
+// ---- barriers in memory ----------------------------------------------------------------------------------------
+
+// Values go round by one place a round; two barriers take turns, so that each goes through many phases.
+KERNEL(64, mbarrier_phases)(int* out, int rounds) {
+  __shared__ int values[2][64];
+  __shared__ __align__(8) uint64_t barriers[2];
+  int thread = threadIdx.x;
+  if (thread == 0) {
+    for (int side = 0; side < 2; side++) mbarrier_init(&barriers[side], 64);
+    mbarrier_init_fence();
+  }
+  values[0][thread] = thread;
+  __syncthreads();
+  mbarrier_wait(&barriers[0], 1);  // the phase before the first counts as completed
+  for (int round = 0; round < rounds; round++) {
+    int side = round % 2;
+    if (thread == 17) {
+      mbarrier_arrive_expect(&barriers[side], 0);
+    } else {
+      mbarrier_arrive(&barriers[side]);
+    }
+    mbarrier_wait(&barriers[side], round / 2 % 2);
+    values[side ^ 1][thread] = values[side][(thread + 1) % 64];
+  }
+  out[thread] = values[rounds % 2][thread];
+}
+REGISTER_KERNEL(mbarrier_phases)
+
+// One warpgroup gives registers back, and two take them: all there are, as a block of 384 threads starts with 168 each.
+KERNEL(384, register_budget)(const int* in, int* out) {
+  int i = threadIdx.x;
+  if (i < 128) {
+    registers_release<24>();
+    out[i] = in[i] + 1;
+  } else {
+    registers_acquire<240>();
+    out[i] = in[i] + 2;
+  }
+}
+REGISTER_KERNEL(register_budget)
 
 // ---- bulk tensor copies ----------------------------------------------------------------------------------------
 
-// A box of a map, as it lies in shared memory.
-KERNEL(64, copy_box)(const __grid_constant__ TensorMap map, int rank, int x, int y, int z, int box_bytes, uint4* out) {
+DEVICE void load_and_read_box(const TensorMap* map, int rank, int x, int y, int z, int box_bytes, uint4* out) {
   DYNAMIC_SHARED(uint4, box);
   __shared__ __align__(8) uint64_t arrived;
   if (threadIdx.x == 0) {
     mbarrier_init(&arrived, 1);
     mbarrier_init_fence();
     mbarrier_arrive_expect(&arrived, box_bytes);
-    if (rank == 2) tma_load_2d(box, &map, &arrived, x, y);
-    if (rank == 3) tma_load_3d(box, &map, &arrived, x, y, z);
+    if (rank == 2) tma_load_2d(box, map, &arrived, x, y);
+    if (rank == 3) tma_load_3d(box, map, &arrived, x, y, z);
   }
   __syncthreads();
   mbarrier_wait(&arrived, 0);
   for (int i = threadIdx.x; i < box_bytes / 16; i += 64) out[i] = box[i];
+}
+
+// A box of a map, as it lies in shared memory.
+KERNEL(64, copy_box)(const __grid_constant__ TensorMap map, int rank, int x, int y, int z, int box_bytes, uint4* out) {
+  load_and_read_box(&map, rank, x, y, z, box_bytes, out);
 }
 REGISTER_KERNEL(copy_box)
 
@@ -237,8 +361,8 @@ enum WgmmaBug {
 };
 
 // c[64, N] tiles of a · bᵀ: warps 0 to 3 multiply, one thread of warp 4 copies. a [rows][k] with a map of rank 3 of one
-// slice, b [columns][k], both in boxes of 64 elements; k a multiple of 64.
-template <int N, WgmmaBug BUG>
+// slice, b [columns][k], both in boxes of 64 units of two bytes: one bf16 or two e4m3. k in units, a multiple of 64.
+template <int N, bool IS_E4M3, WgmmaBug BUG>
 DEVICE void wgmma_gemm(const TensorMap* a, const TensorMap* b, float* c, int columns, int k_end) {
   constexpr int STAGES = 2, A_BYTES = 64 * 128, STAGE_BYTES = A_BYTES + (N * 128 + 1023) / 1024 * 1024;
   constexpr int ARRIVALS = BUG == TOO_MANY_ARRIVALS_EXPECTED ? 5 : BUG == TOO_FEW_ARRIVALS_EXPECTED ? 3 : 4;
@@ -254,7 +378,6 @@ DEVICE void wgmma_gemm(const TensorMap* a, const TensorMap* b, float* c, int col
   if (BUG != NO_INIT_SYNC) __syncthreads();
   int first_row = blockIdx.y * 64, first_column = blockIdx.x * N;
   if (threadIdx.x >= 128) {
-    registers_release<24>();
     if (threadIdx.x != 128) return;
     for (int step = 0; step < k_end / 64; step++) {
       int stage = step % STAGES;
@@ -265,7 +388,6 @@ DEVICE void wgmma_gemm(const TensorMap* a, const TensorMap* b, float* c, int col
     }
     return;
   }
-  registers_acquire<240>();
   float d[N / 2];
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int step = 0; step < k_end / 64; step++) {
@@ -276,8 +398,12 @@ DEVICE void wgmma_gemm(const TensorMap* a, const TensorMap* b, float* c, int col
     wgmma_fence();
     for (int i = 0; i < 4; i++) {
       int skew = BUG == WARPS_DIFFER && warp == 2;
-      wgmma_m64k16<N>(d, wgmma_descriptor(tile + 32 * (i ^ skew)), wgmma_descriptor(tile + A_BYTES + 32 * i),
-                      step > 0 || i > 0);
+      uint64_t left = wgmma_descriptor(tile + 32 * (i ^ skew)), right = wgmma_descriptor(tile + A_BYTES + 32 * i);
+      if constexpr (IS_E4M3) {
+        wgmma_m64k32<N>(d, left, right, step > 0 || i > 0);
+      } else {
+        wgmma_m64k16<N>(d, left, right, step > 0 || i > 0);
+      }
     }
     wgmma_commit();
     if (BUG == RELEASES_EARLY && lane == 0) mbarrier_arrive(&empty[stage]);
@@ -293,26 +419,35 @@ DEVICE void wgmma_gemm(const TensorMap* a, const TensorMap* b, float* c, int col
   }
 }
 
-#define WGMMA_GEMM(NAME, N, BUG)                                                                                   \
+#define WGMMA_GEMM(NAME, N, IS_E4M3, BUG)                                                                          \
   KERNEL(160, NAME)(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* c, int columns, \
                     int k) {                                                                                       \
-    wgmma_gemm<N, BUG>(&a, &b, c, columns, k);                                                                     \
+    wgmma_gemm<N, IS_E4M3, BUG>(&a, &b, c, columns, k);                                                            \
   }                                                                                                                \
   REGISTER_KERNEL(NAME)
-WGMMA_GEMM(wgmma_gemm_8, 8, WGMMA_RIGHT)
-WGMMA_GEMM(wgmma_gemm_24, 24, WGMMA_RIGHT)
-WGMMA_GEMM(wgmma_gemm_64, 64, WGMMA_RIGHT)
-WGMMA_GEMM(wgmma_gemm_128, 128, WGMMA_RIGHT)
-WGMMA_GEMM(wgmma_gemm_256, 256, WGMMA_RIGHT)
-WGMMA_GEMM(wgmma_gemm_no_full_wait, 64, NO_FULL_WAIT)
-WGMMA_GEMM(wgmma_gemm_no_empty_wait, 64, NO_EMPTY_WAIT)
-WGMMA_GEMM(wgmma_gemm_releases_early, 64, RELEASES_EARLY)
-WGMMA_GEMM(wgmma_gemm_too_many_arrivals_expected, 64, TOO_MANY_ARRIVALS_EXPECTED)
-WGMMA_GEMM(wgmma_gemm_too_few_arrivals_expected, 64, TOO_FEW_ARRIVALS_EXPECTED)
-WGMMA_GEMM(wgmma_gemm_too_few_bytes_expected, 64, TOO_FEW_BYTES_EXPECTED)
-WGMMA_GEMM(wgmma_gemm_warps_differ, 64, WARPS_DIFFER)
-WGMMA_GEMM(wgmma_gemm_no_final_wait, 64, NO_FINAL_WAIT)
-WGMMA_GEMM(wgmma_gemm_no_init_sync, 64, NO_INIT_SYNC)
+#define WGMMA_GEMMS(N)                                      \
+  WGMMA_GEMM(wgmma_gemm_##N, N, false, WGMMA_RIGHT)         \
+  WGMMA_GEMM(wgmma_gemm_e4m3_##N, N, true, WGMMA_RIGHT)
+WGMMA_GEMMS(8)
+WGMMA_GEMMS(16)
+WGMMA_GEMMS(32)
+WGMMA_GEMMS(64)
+WGMMA_GEMMS(128)
+WGMMA_GEMMS(256)
+
+#ifdef EMULATOR
+// wgmma.cuh has no such width.
+WGMMA_GEMM(wgmma_gemm_24, 24, false, WGMMA_RIGHT)
+
+WGMMA_GEMM(wgmma_gemm_no_full_wait, 64, false, NO_FULL_WAIT)
+WGMMA_GEMM(wgmma_gemm_no_empty_wait, 64, false, NO_EMPTY_WAIT)
+WGMMA_GEMM(wgmma_gemm_releases_early, 64, false, RELEASES_EARLY)
+WGMMA_GEMM(wgmma_gemm_too_many_arrivals_expected, 64, false, TOO_MANY_ARRIVALS_EXPECTED)
+WGMMA_GEMM(wgmma_gemm_too_few_arrivals_expected, 64, false, TOO_FEW_ARRIVALS_EXPECTED)
+WGMMA_GEMM(wgmma_gemm_too_few_bytes_expected, 64, false, TOO_FEW_BYTES_EXPECTED)
+WGMMA_GEMM(wgmma_gemm_warps_differ, 64, false, WARPS_DIFFER)
+WGMMA_GEMM(wgmma_gemm_no_final_wait, 64, false, NO_FINAL_WAIT)
+WGMMA_GEMM(wgmma_gemm_no_init_sync, 64, false, NO_INIT_SYNC)
 
 // ---- other planted bugs ----------------------------------------------------------------------------------------
 
@@ -370,3 +505,5 @@ KERNEL(256, read_unwritten_shared)(const int* in, int count, int* out) {
   out[i] = in[count - 1 - i] + (values[i] & 1);
 }
 REGISTER_KERNEL(read_unwritten_shared)
+
+#endif  // EMULATOR

@@ -281,6 +281,34 @@ static bool test_matrices(const Options& options) {
   return right;
 }
 
+static bool test_async_copies(const Options& options) {
+  constexpr uint32_t COPIES = 4 * 64;
+  Buffer<uint32_t> in(4 * COPIES), out(4 * COPIES);
+  for (uint32_t i = 0; i < 4 * COPIES; i++) in[i] = next_random();
+  launch("async_copies", options, Shape{1, 32}, in.data(), out.data());
+  bool right = true;
+  for (uint32_t i = 0; i < 4 * COPIES; i++) right = right && out[i] == (i / 4 % 3 != 0 ? in[i] : 0);
+  return right;
+}
+
+static bool test_mbarrier_phases(const Options& options) {
+  constexpr int ROUNDS = 9;
+  Buffer<int> out(64);
+  launch("mbarrier_phases", options, Shape{1, 64}, out.data(), ROUNDS);
+  bool right = true;
+  for (int i = 0; i < 64; i++) right = right && out[static_cast<size_t>(i)] == (i + ROUNDS) % 64;
+  return right;
+}
+
+static bool test_register_budget(const Options& options) {
+  Buffer<int> in(384), out(384);
+  for (int i = 0; i < 384; i++) in[static_cast<size_t>(i)] = 3 * i;
+  launch("register_budget", options, Shape{1, 384}, in.data(), out.data());
+  bool right = true;
+  for (int i = 0; i < 384; i++) right = right && out[static_cast<size_t>(i)] == 3 * i + (i < 128 ? 1 : 2);
+  return right;
+}
+
 // ---- bulk tensor copies ----------------------------------------------------------------------------------------
 
 struct BoxCase {
@@ -420,6 +448,9 @@ static std::vector<Test> wrapper_tests() {
       {"coordinates", false, test_coordinates},
       {"numbers", false, test_numbers},
       {"matrices", false, test_matrices},
+      {"async_copies", false, test_async_copies},
+      {"mbarrier_phases", false, test_mbarrier_phases},
+      {"register_budget", false, test_register_budget},
       {"copy_box", false, test_copy_box},
       {"mma_gemm_right", false, [](auto& o) { return run_mma_gemm("mma_gemm_right", o, {100, 56, 160}); }},
       {"wgmma_gemm_8", false, [](auto& o) { return run_wgmma_gemm("wgmma_gemm_8", o, 8, {128, 24, 320}); }},

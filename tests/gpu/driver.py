@@ -1,7 +1,7 @@
 """The CUDA driver through ctypes, for kernels that were compiled ahead: loads cubins, launches by name.
 
 Whoever has a context can use it: with PyTorch's context and current stream, its tensors go in as they are;
-without it, on the stream it is given. It does not compile anything.
+memory.py has a context and arrays without PyTorch. It does not compile anything.
 """
 
 import ctypes

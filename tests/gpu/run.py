@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Every kernel on a GPU: right first, then timed beside the chip's limits.
+"""Every kernel on a GPU: right first, from single instructions up, then timed beside the chip's limits.
 
 usage: run.py CUBIN_DIR [--checks-only] [--json FILE]      CUBIN_DIR as kernels/check.py leaves it
 
@@ -9,6 +9,8 @@ reported.
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 import time
 
@@ -16,6 +18,17 @@ import torch
 from bench import Bench
 from checks import Checks
 from driver import Kernels
+
+
+def check_wrappers(cubins):
+    """The number of failures of wrappers.py: in a process of its own, as a fault or a hang ends a context."""
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "wrappers.py")
+    command = [sys.executable, script, os.path.join(cubins, "wrappers")]
+    try:
+        return int(subprocess.run(command, timeout=120).returncode != 0)
+    except subprocess.TimeoutExpired:
+        print("FAIL wrappers: not done after 120 s", flush=True)
+        return 1
 
 
 def main():
@@ -30,7 +43,7 @@ def main():
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, seed {torch.initial_seed()}", flush=True
     )
-    failures = Checks(kernels).run()
+    failures = check_wrappers(options.cubins) + Checks(kernels).run()
     if not options.checks_only:
         bench = Bench(kernels)
         bench.run()
