@@ -17,6 +17,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
 
 MIXTRAL_8X7B = {
     "architectures": ["MixtralForCausalLM"],
@@ -78,22 +80,42 @@ def bench(windrose, model, weights, tiny):
     return json.loads(done.stdout) if done.returncode == 0 else None
 
 
+def compute_seconds(url):
+    """Seconds that the server's device has computed, by its own clock."""
+    with urllib.request.urlopen(f"{url}/metrics") as response:
+        lines = response.read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("windrose_compute_seconds_total"))
+
+
+def bench_load(windrose, url, clients, prompt_len, output_len):
+    """So many requests at once; with the share of the time that the device computed."""
+    load = ["--concurrency", clients, "--num-requests", clients]
+    load += ["--prompt-len", prompt_len, "--output-len", output_len]
+    before, begin = compute_seconds(url), time.monotonic()
+    command = [windrose, "bench", "serve", "--url", url, *map(str, load), "--json", "-"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    busy = (compute_seconds(url) - before) / (time.monotonic() - begin)
+    print(f"{done.stderr}the device computed {busy:.1%} of the time\n", flush=True)
+    return json.loads(done.stdout) | {"busy_share": busy} if done.returncode == 0 else None
+
+
 def bench_server(windrose, model, weights, tiny):
-    """Output tokens per second that a server gives as many clients as it takes at once."""
-    clients, prompt_len, output_len = (4, 20, 10) if tiny else (256, 1000, 1000)
+    """What a server takes to start, and gives one client, and as many as it takes at once."""
+    loads = [(1, 16, 300), (32, 1000, 200), (256, 1000, 1000)] if not tiny else [(1, 8, 10), (4, 20, 10)]
     options = ["--model", model, "--dummy-weights", "--device", "cuda", "--weights", weights, "--port", "0"]
     options += ["--max-model-len", "2048"]
+    begin = time.monotonic()
     server = subprocess.Popen([windrose, "serve", *options], stdout=subprocess.PIPE, text=True)
     try:
         words = server.stdout.readline().split()
         if not words:
             return None
-        load = ["--concurrency", clients, "--num-requests", 2 * clients]
-        load += ["--prompt-len", prompt_len, "--output-len", output_len]
-        command = [windrose, "bench", "serve", "--url", words[-1], *map(str, load), "--json", "-"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        print(done.stderr, flush=True)
-        return json.loads(done.stdout) if done.returncode == 0 else None
+        figures = {"seconds to ready": time.monotonic() - begin}
+        print(f"ready after {figures['seconds to ready']:.2f} s, {weights} weights included\n", flush=True)
+        url = words[-1].removesuffix("/")
+        for clients, *lens in loads:
+            figures[f"{clients} clients"] = bench_load(windrose, url, clients, *lens)
+        return figures
     finally:
         server.send_signal(signal.SIGINT)
         server.wait()

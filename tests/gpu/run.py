@@ -1,57 +1,103 @@
 #!/usr/bin/env python3
-"""Every kernel on a GPU: right first, from single instructions up, then timed beside the chip's limits.
+"""Everything that is to be known on a GPU, in under ten minutes: right first, then fast, then beside others.
 
-usage: run.py CUBIN_DIR [--checks-only] [--json FILE]      CUBIN_DIR as kernels/check.py leaves it
+usage: run.py CUBIN_DIR WINDROSE CONFORMANCE [--json FILE] [--only PART ..]
 
-Needs PyTorch and a GPU of compute capability 9.0. Exits non-zero if a kernel is wrong; a slow one is only
-reported.
+CUBIN_DIR is as kernels/check.py leaves it, WINDROSE the binary with those kernels in it, CONFORMANCE the test
+of crates/cuda that `cargo test --release -p windrose-cuda --test conformance --no-run` names. Needs PyTorch
+and a GPU of compute capability 9.0; no Rust, no CUDA toolkit but for its compute-sanitizer, which is skipped,
+and said to be, where there is none. Parts are processes of their own, so that none suffers from another:
+
+  wrappers    every PTX wrapper, bit for bit as on the emulator
+  kernels     every kernel against PyTorch in float64, then timed beside the chip's limits
+  model       every verb against the reference; Mixtral 8x7B with random weights; a loaded server
+  sanitizer   memcheck and racecheck of the kernels' checks, memcheck of the verbs
+  peers       what a Triton grouped GEMM, PyTorch and transformers make of the same work
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 
-import torch
-from bench import Bench
-from checks import Checks
-from driver import Kernels
+HERE = os.path.dirname(os.path.abspath(__file__))
+SANITIZER = "compute-sanitizer"
+LIMIT_SECONDS = 240
 
 
-def check_wrappers(cubins):
-    """The number of failures of wrappers.py: in a process of its own, as a fault or a hang ends a context."""
-    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "wrappers.py")
-    command = [sys.executable, script, os.path.join(cubins, "wrappers")]
-    try:
-        return int(subprocess.run(command, timeout=120).returncode != 0)
-    except subprocess.TimeoutExpired:
-        print("FAIL wrappers: not done after 120 s", flush=True)
-        return 1
+def script(name, *arguments):
+    return [sys.executable, os.path.join(HERE, name), *arguments]
+
+
+def sanitize(tool, command):
+    # What it watches the driver of is loaded by Python itself, hence no child.
+    return [SANITIZER, "--tool", tool, "--error-exitcode", "9", *command]
+
+
+def commands_of_parts(options):
+    """By part, its commands; `{json}` is where one leaves its figures."""
+    checks = script("kernels.py", options.cubins, "--checks-only")
+    return {
+        "wrappers": [script("wrappers.py", os.path.join(options.cubins, "wrappers"))],
+        "kernels": [script("kernels.py", options.cubins, "--json", "{json}")],
+        "model": [
+            script("model.py", options.windrose, "--conformance", options.conformance, "--json", "{json}")
+        ],
+        "sanitizer": [
+            sanitize("memcheck", checks),
+            sanitize("racecheck", checks),
+            sanitize("memcheck", [options.conformance]),
+        ],
+        "peers": [script("peers.py", "--json", "{json}")],
+    }
+
+
+def run_command(command, figures):
+    """Runs one command of a part, adds what it measured to `figures`, and says how it ended."""
+    if shutil.which(command[0]) is None:
+        print(f"skipped: there is no {command[0]}", flush=True)
+        return "skipped"
+    with tempfile.TemporaryDirectory() as directory:
+        path = os.path.join(directory, "figures.json")
+        command = [path if word == "{json}" else word for word in command]
+        try:
+            status = subprocess.run(command, timeout=LIMIT_SECONDS).returncode
+        except subprocess.TimeoutExpired:
+            return f"not done after {LIMIT_SECONDS} s"
+        if os.path.exists(path):
+            with open(path) as file:
+                figures |= json.load(file)
+    return "ok" if status == 0 else f"failed with status {status}"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cubins", help="folder of cubins, as kernels/check.py leaves them")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here")
-    parser.add_argument("--checks-only", action="store_true", help="time nothing, as under compute-sanitizer")
+    parser.add_argument("windrose", help="the binary")
+    parser.add_argument("conformance", help="the conformance test of crates/cuda")
+    parser.add_argument("--json", metavar="FILE", help="write all figures here")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="these parts alone")
     options = parser.parse_args()
-    torch.manual_seed(time.time_ns() % 2**32)
-    torch.zeros(1, device="cuda")
-    kernels = Kernels(options.cubins, stream=lambda: torch.cuda.current_stream().cuda_stream)
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, seed {torch.initial_seed()}", flush=True
-    )
-    failures = check_wrappers(options.cubins) + Checks(kernels).run()
-    if not options.checks_only:
-        bench = Bench(kernels)
-        bench.run()
+    parts = commands_of_parts(options)
+    if unknown := set(options.only or []) - set(parts):
+        parser.error(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
+    report = {}
+    for part in options.only or parts:
+        begin, figures = time.monotonic(), {}
+        print(f"==== {part}", flush=True)
+        endings = [run_command(command, figures) for command in parts[part]]
+        report[part] = {"endings": endings, "seconds": time.monotonic() - begin, "figures": figures}
         if options.json:
             with open(options.json, "w") as file:
-                json.dump(bench.figures, file, indent=1)
-    print(f"{failures} failures")
-    sys.exit(failures > 0)
+                json.dump(report, file, indent=1)
+    print("==== summary")
+    for part, found in report.items():
+        print(f"{part:<10} {found['seconds']:6.0f} s   {', '.join(found['endings'])}")
+    sys.exit(any(ending not in ("ok", "skipped") for found in report.values() for ending in found["endings"]))
 
 
 if __name__ == "__main__":

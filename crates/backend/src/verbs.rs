@@ -294,6 +294,12 @@ pub trait Backend: Send + 'static {
     /// The first device error since `begin_step`.
     fn finish_step(&mut self) -> Result<Vec<Result<Sampled, NonFiniteLogits>>, BackendError>;
 
+    /// Seconds that the step just finished took on the device, by its own clock; `None` where the caller's time is the
+    /// device's. What the device waited between steps is not in them.
+    fn device_seconds(&self) -> Option<f64> {
+        None
+    }
+
     /// Reads a layer's routing of the step just finished.
     fn read_routing(&mut self, routing: &Self::Routing) -> Routing;
 

@@ -197,13 +197,31 @@ impl Device {
 
     /// Seconds that the work of `launch` takes on the device.
     pub(crate) fn seconds(&mut self, launch: impl FnOnce(&mut Self)) -> Option<f64> {
-        let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
-        let stream = self.stream.clone();
-        let start = self.call(|| stream.record_event(flags))?;
+        let timer = self.timer().ok()?;
+        self.mark(&timer[0]);
         launch(self);
-        let end = self.call(|| stream.record_event(flags))?;
-        let elapsed_ms = self.call(|| start.elapsed_ms(&end))?;
-        Some(f64::from(elapsed_ms) / 1e3)
+        self.mark(&timer[1]);
+        self.seconds_between(&timer)
+    }
+
+    /// Two marks in the stream that [`Self::seconds_between`] knows the time between.
+    ///
+    /// # Errors
+    /// If the driver has none.
+    pub(crate) fn timer(&self) -> Result<[CudaEvent; 2], BackendError> {
+        let event = || self.stream.context().new_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT));
+        Ok([event().map_err(failed)?, event().map_err(failed)?])
+    }
+
+    /// Sets a mark behind all work so far.
+    pub(crate) fn mark(&mut self, event: &CudaEvent) {
+        let stream = self.stream.clone();
+        self.call(|| event.record(&stream));
+    }
+
+    /// Seconds from one mark to the other, waiting for both; `None` after an error.
+    pub(crate) fn seconds_between(&mut self, [start, end]: &[CudaEvent; 2]) -> Option<f64> {
+        self.call(|| start.elapsed_ms(end)).map(|elapsed_ms| f64::from(elapsed_ms) / 1e3)
     }
 
     /// From here on launches are recorded instead of done.

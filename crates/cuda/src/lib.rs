@@ -25,6 +25,7 @@ use backend::{
     AttentionShape, Backend, BackendError, Batch, DType, ExpertLoad, ExpertsView, LayerChoices, MatrixUse,
     NonFiniteLogits, RopeTable, RouteShape, SampleRow, Sampled, StepShape, WeightView,
 };
+use cudarc::driver::CudaEvent;
 use half::bf16;
 
 use crate::attention::{MAX_PARTIALS, Plan, PlanShape};
@@ -95,6 +96,9 @@ pub struct Cuda {
     /// Most experts that a token of the step visits in a layer, if some are steered; else 0.
     steered_width: usize,
     sampler: Sampler,
+    /// Where the step begins and ends on the device, and what lay between.
+    timer: [CudaEvent; 2],
+    device_seconds: Option<f64>,
     /// What kept a verb from being launched, until the step is finished.
     failure: Option<BackendError>,
 }
@@ -138,6 +142,8 @@ impl Cuda {
         let counts = device.allocate("offsets of experts", MAX_COUNTS * size_of::<u32>())?;
         Ok(Self {
             info,
+            timer: device.timer()?,
+            device_seconds: None,
             device,
             uploader: Uploader::new(options.weights),
             step: StepBuffers::default(),
@@ -447,6 +453,7 @@ impl Backend for Cuda {
         }
         self.batch_logits = batch.logits_indices.len();
         self.steered_width = batch.steering.experts_per_token;
+        self.device.mark(&self.timer[0]);
         self.step.write(&mut self.device, batch, &self.plan)?;
         Ok(batch.shape())
     }
@@ -662,11 +669,17 @@ impl Backend for Cuda {
     }
 
     fn finish_step(&mut self) -> Result<Vec<Result<Sampled, NonFiniteLogits>>, BackendError> {
+        self.device.mark(&self.timer[1]);
         let sampled = self.sampler.read(&mut self.device);
         self.host_counts.resize(self.num_counts, 0);
         self.device.read(&self.counts, 0, &mut self.host_counts);
+        self.device_seconds = self.device.seconds_between(&self.timer);
         self.device.check()?;
         self.failure.take().map_or(Ok(sampled), Err)
+    }
+
+    fn device_seconds(&self) -> Option<f64> {
+        self.device_seconds
     }
 
     fn read_routing(&mut self, routing: &Routing) -> backend::Routing {

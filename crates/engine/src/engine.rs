@@ -12,6 +12,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use model::{BackendError, ModelRunner, StepOutput};
 use thiserror::Error;
@@ -134,6 +135,7 @@ impl Engine {
         let ended_at = (self.clock)();
         self.stats.heartbeat(ended_at);
         let took = ended_at.saturating_sub(started_at);
+        self.stats.computed(output.device_seconds.map_or(took, Duration::from_secs_f64));
         self.stats.set_tokens_per_second(self.throughput.record(num_tokens, took));
         self.scheduler.update(output, ended_at);
         Ok(Progress::Stepped)

@@ -233,7 +233,8 @@ impl ModelRunner for FakeRunner {
             Some(Failure::NonFiniteLogits) => vec![Err(NonFiniteLogits); rows.len()],
             None => self.sample(batch, rows),
         };
-        Ok(StepOutput { sampled, expert_loads: self.expert_loads(batch), choices: self.choices(batch) })
+        let (expert_loads, choices) = (self.expert_loads(batch), self.choices(batch));
+        Ok(StepOutput { sampled, expert_loads, choices, device_seconds: None })
     }
 }
 

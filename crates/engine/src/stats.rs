@@ -31,6 +31,9 @@ pub struct Stats {
     pub num_cached_blocks: usize,
     /// Steps that ran to their end.
     pub num_steps: u64,
+    /// How long the device has computed steps, by its own clock where it has one: what is missing to the time that has
+    /// passed, it was idle.
+    pub computed_for: Duration,
     /// When a step last began or ended, or work last reached an idle engine; by the engine's clock.
     pub last_step_at: Duration,
     /// New requests are refused for good, because of [`EngineHandle::drain`](crate::EngineHandle::drain) or
@@ -66,6 +69,7 @@ pub(crate) struct SharedStats {
     pub(crate) num_free_blocks: AtomicUsize,
     pub(crate) num_cached_blocks: AtomicUsize,
     pub(crate) num_steps: AtomicU64,
+    computed_for_ns: AtomicU64,
     last_step_at_ns: AtomicU64,
     pub(crate) is_draining: AtomicBool,
     pub(crate) is_stopped: AtomicBool,
@@ -103,6 +107,7 @@ impl SharedStats {
             num_free_blocks: self.num_free_blocks.load(Relaxed),
             num_cached_blocks: self.num_cached_blocks.load(Relaxed),
             num_steps: self.num_steps.load(Relaxed),
+            computed_for: Duration::from_nanos(self.computed_for_ns.load(Relaxed)),
             last_step_at: Duration::from_nanos(self.last_step_at_ns.load(Relaxed)),
             is_draining: self.is_draining.load(Relaxed),
             is_stopped: self.is_stopped.load(Relaxed),
@@ -139,6 +144,11 @@ impl SharedStats {
     /// Counts a choice that has ended.
     pub(crate) fn finish(&self, reason: FinishReason) {
         self.finished[reason.index()].fetch_add(1, Release);
+    }
+
+    /// Counts what a step took of the device's time.
+    pub(crate) fn computed(&self, took: Duration) {
+        self.computed_for_ns.fetch_add(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX), Relaxed);
     }
 
     /// Notes a sign of life.

@@ -136,6 +136,7 @@ impl<B: Backend> ModelRunner for MixtralRunner<B> {
             true => self.backend.read_choices(&self.workspace.routings),
             false => Vec::new(),
         };
-        Ok(StepOutput { sampled, expert_loads, choices })
+        let device_seconds = self.backend.device_seconds();
+        Ok(StepOutput { sampled, expert_loads, choices, device_seconds })
     }
 }

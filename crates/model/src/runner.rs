@@ -41,6 +41,8 @@ pub struct StepOutput {
     pub expert_loads: Vec<ExpertLoad>,
     /// What each layer's router chose for each token; empty unless the batch asks for it.
     pub choices: Vec<LayerChoices>,
+    /// Seconds that the device computed, where it has a clock of its own.
+    pub device_seconds: Option<f64>,
 }
 
 impl RunnerLimits {

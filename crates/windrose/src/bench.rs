@@ -66,7 +66,8 @@ fn measure(plan: &Plan, settings: &Settings) -> Result<Report> {
     let runner = model
         .load(settings)
         .with_context(|| format!("cannot measure sequences of {} tokens", settings.max_model_len))?;
-    let mut sequences = Sequences::new(runner, Cost::new(&model.config, model.device.weight_bits()), plan)?;
+    let cost = Cost::new(&model.config, model.device.weight_bits(), model.token_bytes());
+    let mut sequences = Sequences::new(runner, cost, plan)?;
     let num_threads = match settings.threads {
         0 => available_parallelism().map_or(1, usize::from),
         threads => threads,

@@ -126,6 +126,12 @@ pub(super) const DEFINITIONS: &[Definition] = &[
         Some("vllm:num_preemptions_total"),
     ),
     define("windrose_engine_steps_total", "counter", "steps of the engine", None),
+    define(
+        "windrose_compute_seconds_total",
+        "counter",
+        "seconds that the device computed steps, by its own clock; its rate is the share of time that it was busy",
+        None,
+    ),
     define("windrose_engine_up", "gauge", "1 while the engine runs", None),
     define(
         "windrose_sequences_finished_total",

@@ -1,7 +1,7 @@
 //! The series that are copied from the engine's [`Stats`] whenever Prometheus asks.
 
 use engine::{EngineHandle, FinishReason, Stats};
-use prometheus::{Gauge, GaugeVec, IntCounter, IntCounterVec};
+use prometheus::{Counter, Gauge, GaugeVec, IntCounter, IntCounterVec};
 
 use super::Registration;
 use super::routing_series::{RoutingSeries, raise};
@@ -13,6 +13,7 @@ type Copied<Series, Value> = (Series, fn(&Stats) -> Value);
 pub(super) struct EngineSeries {
     gauges: Vec<Copied<Gauge, f64>>,
     counters: Vec<Copied<IntCounter, u64>>,
+    compute_seconds: Counter,
     blocks: GaugeVec,
     finished: IntCounterVec,
     routing: RoutingSeries,
@@ -42,6 +43,7 @@ impl EngineSeries {
                 (new.counter("windrose_preemptions_total")?, |stats| stats.num_preemptions),
                 (new.counter("windrose_engine_steps_total")?, |stats| stats.num_steps),
             ],
+            compute_seconds: new.real_counter("windrose_compute_seconds_total")?,
             blocks: new.gauges("windrose_kv_blocks", &["state"])?,
             finished: new.counters("windrose_sequences_finished_total", &["finished_reason"])?,
             routing: RoutingSeries::new(new, limits)?,
@@ -51,6 +53,7 @@ impl EngineSeries {
     pub(super) fn copy(&self, stats: &Stats) {
         self.gauges.iter().for_each(|(gauge, read)| gauge.set(read(stats)));
         self.counters.iter().for_each(|(counter, read)| raise(counter, read(stats)));
+        raise(&self.compute_seconds, stats.computed_for.as_secs_f64());
         let empty = stats.num_free_blocks.saturating_sub(stats.num_cached_blocks);
         let by_state =
             [("held", num_held_blocks(stats)), ("cached", stats.num_cached_blocks), ("empty", empty)];

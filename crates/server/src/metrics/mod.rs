@@ -17,8 +17,8 @@ use std::sync::{Mutex, PoisonError};
 use engine::{EngineHandle, FinishReason, Stats};
 use prometheus::core::Collector;
 use prometheus::{
-    CounterVec, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry,
-    TextEncoder, exponential_buckets,
+    Counter, CounterVec, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts,
+    Registry, TextEncoder, exponential_buckets,
 };
 
 pub use definitions::metric_names;
@@ -122,6 +122,10 @@ impl Registration {
 
     fn counters(&self, name: &str, labels: &[&str]) -> prometheus::Result<IntCounterVec> {
         self.add(IntCounterVec::new(Self::options(name), labels)?)
+    }
+
+    fn real_counter(&self, name: &str) -> prometheus::Result<Counter> {
+        self.add(Counter::with_opts(Self::options(name))?)
     }
 
     fn real_counters(&self, name: &str, labels: &[&str]) -> prometheus::Result<CounterVec> {

@@ -1,12 +1,12 @@
-//! What a step asks of a machine, counted from the model's shape and from what was routed: bytes of weights, and
-//! operations on them.
+//! What a step asks of a machine, counted from the model's shape and from what was routed: bytes of weights and of cached
+//! keys and values, and operations on weights.
 //!
-//! Norms, the embedding's rows, the cache, and attention's scores are left out: they are small beside the matrices at
-//! the contexts of interest, and leaving them out keeps the shares on the low side.
+//! Norms, the embedding's rows, activations, and attention's scores are left out: they are small beside the matrices, and
+//! leaving them out keeps the shares on the low side.
 //!
 //! Behind the last layer's attention only those tokens are computed whose logits are wanted, and only those count.
 
-use model::{ExpertLoad, ModelConfig, ModelSummary};
+use model::{Batch, ExpertLoad, ModelConfig, ModelSummary};
 
 /// Bits of a router's weight.
 const ROUTER_BITS: f64 = 16.0;
@@ -26,10 +26,15 @@ pub(super) struct Cost {
     lm_head: u64,
     /// Experts that a token visits in a layer.
     top_k: u64,
+    /// Bytes of a token's keys and values in all layers.
+    token_bytes: u64,
+    /// Tokens that one sees at most, itself included.
+    window: u64,
 }
 
 impl Cost {
-    pub(super) fn new(config: &ModelConfig, bits: f64) -> Self {
+    /// The cost of a model with weights of `bits` bits and `token_bytes` of cache per token.
+    pub(super) fn new(config: &ModelConfig, bits: f64, token_bytes: u64) -> Self {
         let summary = ModelSummary::new(config);
         let hidden = config.hidden_size as u64;
         let output = (config.attention.q_features() * config.hidden_size) as u64;
@@ -43,11 +48,22 @@ impl Cost {
             expert: summary.expert_parameters,
             lm_head: config.vocab_size as u64 * hidden,
             top_k: config.route.top_k as u64,
+            token_bytes,
+            window: config.attention.sliding_window.map_or(u64::MAX, |window| window as u64),
         }
     }
 
-    /// Bytes of the weights that a step touched; `loads` is `[num_layers, num_experts]`.
-    pub(super) fn weight_bytes(&self, num_logits: usize, loads: &[ExpertLoad]) -> u64 {
+    /// Bytes that a step must have read at least: of the weights that it touched, and of the keys and values that its
+    /// tokens see, once per sequence. `loads` is `[num_layers, num_experts]`.
+    pub(super) fn read_bytes(&self, batch: &Batch, loads: &[ExpertLoad]) -> u64 {
+        let seen = (0..batch.num_seqs()).map(|seq| {
+            let before_first = self.window.saturating_add(batch.query_range(seq).len() as u64 - 1);
+            u64::from(batch.seq_lens[seq]).min(before_first)
+        });
+        self.weight_bytes(batch.logits_indices.len(), loads) + seen.sum::<u64>() * self.token_bytes
+    }
+
+    fn weight_bytes(&self, num_logits: usize, loads: &[ExpertLoad]) -> u64 {
         let num_touched = loads.iter().filter(|load| load.num_tokens > 0).count() as u64;
         let (num_finished, lm_head) =
             if num_logits > 0 { (self.num_layers, self.lm_head) } else { (self.num_layers - 1, 0) };
@@ -75,7 +91,7 @@ mod tests {
     #[test]
     fn one_token_touches_the_active_parameters() {
         let config = ModelConfig::load(&ModelFiles::Embedded(demo::files())).unwrap();
-        let (cost, summary) = (Cost::new(&config, 16.0), ModelSummary::new(&config));
+        let (cost, summary) = (Cost::new(&config, 16.0, 100), ModelSummary::new(&config));
         let norms = (2 * config.num_layers + 1) * config.hidden_size;
         let embedding = if config.tie_word_embeddings { 0 } else { config.vocab_size * config.hidden_size };
         let expected = summary.active_parameters - (norms + embedding) as u64;
@@ -87,6 +103,10 @@ mod tests {
         assert_eq!(cost.weight_bytes(1, &one_token), 2 * expected);
         assert_eq!(cost.operations(1, 1), 2 * expected);
         assert!(cost.weight_bytes(0, &one_token) < 2 * expected);
+        let mut batch = Batch::new();
+        batch.push_sequence(&[1], 6, &[1], 16);
+        batch.logits_indices.push(0);
+        assert_eq!(cost.read_bytes(&batch, &one_token), 2 * expected + 700);
         assert!(cost.operations(2, 1) < 4 * expected - 2 * cost.lm_head);
     }
 }

@@ -65,7 +65,10 @@ pub(super) struct Row {
     num_steps: usize,
     tokens_per_s: Spread,
     step_ms: Spread,
-    /// Bytes of weights, in the median repetition as all that follows.
+    /// The part of the time that the device computed; the rest it waited for its host. The median repetition's, as all
+    /// that follows.
+    device_share: f64,
+    /// Bytes of weights, keys and values.
     read_bytes_per_s: f64,
     /// The part of the limit that this is.
     read_share: f64,
@@ -91,7 +94,7 @@ impl Row {
     /// # Panics
     /// If nothing was measured.
     pub(super) fn new(measurement: &Measurement, limits: Limits) -> Self {
-        let read_bytes_per_s = measurement.spread(|work| work.weight_bytes as f64 / work.seconds).median;
+        let read_bytes_per_s = measurement.spread(|work| work.read_bytes as f64 / work.seconds).median;
         let flop_per_s = measurement.spread(|work| work.operations as f64 / work.seconds).median;
         Self {
             phase: measurement.phase,
@@ -100,6 +103,7 @@ impl Row {
             num_steps: measurement.samples[0].num_steps,
             tokens_per_s: measurement.spread(|work| work.num_tokens as f64 / work.seconds),
             step_ms: measurement.spread(|work| 1e3 * work.seconds / work.num_steps as f64),
+            device_share: measurement.spread(|work| work.device_seconds / work.seconds).median,
             read_bytes_per_s,
             read_share: read_bytes_per_s / limits.read_bytes_per_s,
             flop_per_s,
@@ -115,11 +119,12 @@ impl Row {
         let dot_share = self.dot_share.map_or("-".to_owned(), |share| format!("{:.0}%", 100.0 * share));
         let range = format!("{} to {}", rounded(self.tokens_per_s.min), rounded(self.tokens_per_s.max));
         format!(
-            "{phase:<8}{:>5}{:>9}{:>11}  {range:<19}{:>9}{:>8.2}{:>6.0}%{:>10.1}{dot_share:>7}",
+            "{phase:<8}{:>5}{:>9}{:>11}  {range:<19}{:>9}{:>6.1}%{:>8.2}{:>6.0}%{:>10.1}{dot_share:>7}",
             self.num_seqs,
             self.context_len,
             rounded(self.tokens_per_s.median),
             rounded(self.step_ms.median),
+            100.0 * self.device_share,
             self.read_bytes_per_s / 1e9,
             100.0 * self.read_share,
             self.flop_per_s / 1e9,
@@ -150,7 +155,7 @@ impl Report {
         ));
         line(String::new());
         line(
-            "phase    seqs  context   tokens/s  min to max          ms/step    GB/s   read   GFLOP/s    dot"
+            "phase    seqs  context   tokens/s  min to max          ms/step   busy    GB/s   read   GFLOP/s    dot"
                 .into(),
         );
         self.results.iter().for_each(|row| line(row.line()));
@@ -175,9 +180,10 @@ mod tests {
     fn a_row_compares_the_median_with_the_limits() {
         let work = |seconds| Work {
             seconds,
+            device_seconds: 0.75 * seconds,
             num_steps: 10,
             num_tokens: 20,
-            weight_bytes: 1_000_000_000,
+            read_bytes: 1_000_000_000,
             operations: 4_000_000_000,
         };
         let mut measurement = Measurement::new(Phase::Decode, 2, 64);
@@ -186,7 +192,7 @@ mod tests {
         let row = Row::new(&measurement, limits);
         assert_eq!(row.tokens_per_s, Spread { median: 20.0, min: 10.0, max: 40.0 });
         assert_eq!(row.step_ms, Spread { median: 100.0, min: 50.0, max: 200.0 });
-        assert_eq!((row.read_share, row.dot_share), (0.5, Some(0.25)));
+        assert_eq!((row.device_share, row.read_share, row.dot_share), (0.75, 0.5, Some(0.25)));
         assert!(row.line().starts_with("decode      2       64"), "{}", row.line());
     }
 }

@@ -38,19 +38,22 @@ struct Sequence {
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Work {
     pub(super) seconds: f64,
+    /// Those that the device computed, where it has a clock of its own; else all.
+    pub(super) device_seconds: f64,
     pub(super) num_steps: usize,
     pub(super) num_tokens: usize,
-    /// Bytes of the weights that were touched, once per step.
-    pub(super) weight_bytes: u64,
+    /// Bytes of weights, keys and values that had to be read, once per step.
+    pub(super) read_bytes: u64,
     pub(super) operations: u64,
 }
 
 impl AddAssign for Work {
     fn add_assign(&mut self, other: Self) {
         self.seconds += other.seconds;
+        self.device_seconds += other.device_seconds;
         self.num_steps += other.num_steps;
         self.num_tokens += other.num_tokens;
-        self.weight_bytes += other.weight_bytes;
+        self.read_bytes += other.read_bytes;
         self.operations += other.operations;
     }
 }
@@ -152,9 +155,10 @@ impl Sequences {
         let (num_tokens, num_logits) = (self.batch.num_tokens(), self.batch.logits_indices.len());
         Ok(Work {
             seconds,
+            device_seconds: output.device_seconds.unwrap_or(seconds),
             num_steps: 1,
             num_tokens,
-            weight_bytes: self.cost.weight_bytes(num_logits, &output.expert_loads),
+            read_bytes: self.cost.read_bytes(&self.batch, &output.expert_loads),
             operations: self.cost.operations(num_tokens, num_logits),
         })
     }
