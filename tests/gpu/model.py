@@ -91,12 +91,16 @@ def bench_load(windrose, url, clients, prompt_len, output_len):
     """So many requests at once; with the share of the time that the device computed."""
     load = ["--concurrency", clients, "--num-requests", clients]
     load += ["--prompt-len", prompt_len, "--output-len", output_len]
-    before, begin = compute_seconds(url), time.monotonic()
+    before = compute_seconds(url)
     command = [windrose, "bench", "serve", "--url", url, *map(str, load), "--json", "-"]
     done = subprocess.run(command, capture_output=True, text=True)
-    busy = (compute_seconds(url) - before) / (time.monotonic() - begin)
-    print(f"{done.stderr}the device computed {busy:.1%} of the time\n", flush=True)
-    return json.loads(done.stdout) | {"busy_share": busy} if done.returncode == 0 else None
+    if done.returncode != 0:
+        print(done.stderr, flush=True)
+        return None
+    figures = json.loads(done.stdout)
+    figures["busy_share"] = (compute_seconds(url) - before) / figures["duration_s"]
+    print(f"{done.stderr}the device computed {figures['busy_share']:.1%} of the time\n", flush=True)
+    return figures
 
 
 def bench_server(windrose, model, weights, tiny):
