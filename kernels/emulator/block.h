@@ -45,11 +45,12 @@ struct Thread : ThreadPlace {
   uint32_t barrier_id;
   uint32_t stack = NO_STACK;  // index in the arena
   const uint64_t* mbarrier;
+  bool has_waited;  // for the previous kernel
   void* stack_pointer;
   SanitizerFiber sanitizer;
 };
 
-// One block at a time of a launch, reused for the next: stacks, shared memory and threads outlive it.
+// One block at a time of a launch, reused for the one after the next: stacks, shared memory and threads outlive it.
 struct Block : BlockPlace {
   const Launch* launch = nullptr;
   Options options;
@@ -61,14 +62,21 @@ struct Block : BlockPlace {
   Barrier barriers[NUM_BARRIERS];
   PlainVector<Thread*> mbarrier_waiters;
 
-  uint32_t num_stacks = 0;  // in use in the arena
+  // Before the previous kernel has run: threads that wait for it, and __shared__ arrays while others use their place.
+  bool is_early = false;
+  uint32_t num_held = 0;
+  PlainVector<char> shared_arrays;
+  bool has_waited = false;
+
+  const uint32_t first_stack;  // of MAX_THREADS in the arena
+  uint32_t num_stacks = 0;     // of them in use
   PlainVector<uint32_t> free_stacks;
 
   void* os_stack_pointer = nullptr;
   SanitizerFiber os_thread;
   char start_token, end_token;
 
-  Block();
+  explicit Block(uint32_t first_stack);
 };
 
 inline Thread& this_thread() { return static_cast<Thread&>(here()); }
@@ -80,7 +88,8 @@ void create_stack_arena();
 void make_ready(Block& block, uint32_t warp, uint32_t lanes);
 // Gives the OS thread to another fiber until this one is made ready.
 void park(Block& block, Thread& thread, Wait wait);
-// Runs all threads of a block that has been reset.
+// Runs all threads of a block that has been reset; of an early one, as far as they come. Those that waited for the
+// previous kernel are made ready before it is called again.
 void run_threads(Block& block);
 void check_stacks(const Block& block);
 

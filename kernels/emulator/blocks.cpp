@@ -1,5 +1,6 @@
 // Kernels by name, and launches: one block after the other, each in shared memory that is poisoned first and whose end
-// is checked afterwards.
+// is checked afterwards. The first block of a dependent launch begins before the launch that it follows has run, so
+// that what it reads too early is stale, and ThreadSanitizer sees that nothing orders it.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -57,9 +58,11 @@ static void poison(char* begin, size_t bytes) {
 extern "C" char __start_emulator_shared[] __attribute__((weak, visibility("hidden")));
 extern "C" char __stop_emulator_shared[] __attribute__((weak, visibility("hidden")));
 
+static size_t shared_arrays_bytes() { return static_cast<size_t>(__stop_emulator_shared - __start_emulator_shared); }
+
 // ---- blocks ----------------------------------------------------------------------------------------------------
 
-Block::Block() {
+Block::Block(uint32_t first_stack_) : first_stack(first_stack_) {
   constexpr size_t BYTES = (MAX_SHARED_BYTES + SHARED_CANARY_BYTES + 1023) / 1024 * 1024;
   void* memory = mmap(nullptr, BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) die("no memory for shared memory");
@@ -87,6 +90,8 @@ static void reset(Block& block) {
   block.live = block.num_threads;
   block.ready_warps = 0;
   block.mbarrier_waiters.clear();
+  block.has_waited = false;
+  for (uint32_t i = 0; i < block.num_threads; i++) block.threads[i].has_waited = false;
   for (uint32_t i = 0; i < block.num_warps; i++) {
     uint32_t num_lanes = std::min(LANES, block.num_threads - i * LANES);
     block.warps[i].ready = block.warps[i].begun = block.warps[i].open_meetings = 0;
@@ -103,7 +108,7 @@ static void poison_shared(Block& block) {
   allow_access(shared, MAX_SHARED_BYTES + SHARED_CANARY_BYTES);
   poison(shared, bytes + SHARED_CANARY_BYTES);
   forbid_access(shared + bytes, MAX_SHARED_BYTES + SHARED_CANARY_BYTES - bytes);
-  poison(__start_emulator_shared, static_cast<size_t>(__stop_emulator_shared - __start_emulator_shared));
+  poison(__start_emulator_shared, shared_arrays_bytes());
 }
 
 static void check_shared_canary(const Block& block) {
@@ -112,14 +117,36 @@ static void check_shared_canary(const Block& block) {
   die_after(block, "a thread wrote past the end of dynamic shared memory");
 }
 
-static void run_block(Block& block, uint3 block_index) {
+// Runs a block, an early one as far as it comes.
+static void start_block(Block& block, uint3 block_index) {
   block.index = block_index;
   reset(block);
   poison_shared(block);
   run_threads(block);
+}
+
+static void hold_block(Block& block) {
+  block.shared_arrays.assign(__start_emulator_shared, __start_emulator_shared + shared_arrays_bytes());
+}
+
+// Goes on with a block that was held.
+static void resume_block(Block& block) {
+  memcpy(__start_emulator_shared, block.shared_arrays.data(), block.shared_arrays.size());
+  block.is_early = false;
+  block.num_held = 0;
+  for (uint32_t i = 0; i < block.num_threads; i++) {
+    Thread& thread = block.threads[i];
+    if (thread.wait == Wait::PREVIOUS_KERNEL) make_ready(block, thread.warp, 1u << thread.lane);
+  }
+  if (block.ready_warps != 0) run_threads(block);
+}
+
+static void check_block(const Block& block) {
   check_shared_canary(block);
   const char* unfinished = unfinished_work(*block.engines);
   if (unfinished != nullptr) die_after(block, unfinished);
+  bool waited = block.has_waited || !block.launch->is_dependent;
+  if (!waited) die_after(block, "a dependent launch ended without wait_for_previous_kernel");
 }
 
 // ---- launches --------------------------------------------------------------------------------------------------
@@ -158,19 +185,64 @@ static void check_launch(const Launch& launch) {
   if (launch.shared_bytes > MAX_SHARED_BYTES) die("kernel %s: too much shared memory", kernel.name);
 }
 
-void launch(const Launch& launch, const Options& options) {
-  static Block block;
+static Block& block_of(uint32_t index) {
+  static Block blocks[NUM_BLOCKS] = {Block(0), Block(MAX_THREADS)};
+  return blocks[index];
+}
+
+// The one that has begun a launch, or one that has begun none.
+static Block& block_for(const Launch& launch) {
+  for (uint32_t i = 0; i < NUM_BLOCKS; i++) {
+    if (block_of(i).is_early && block_of(i).launch == &launch) return block_of(i);
+  }
+  uint32_t free = 0;
+  while (block_of(free).is_early) free++;
+  return block_of(free);
+}
+
+static uint3 index_at(const Launch& launch, uint64_t at) {
+  uint64_t x = at % launch.grid.x, y = at / launch.grid.x % launch.grid.y;
+  uint64_t z = at / (uint64_t{launch.grid.x} * launch.grid.y);
+  return uint3{static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)};
+}
+
+// The index of the block that comes `i`th, and a generator for it.
+static uint3 next_index(Block& block, uint64_t i) {
+  const Launch& launch = *block.launch;
+  uint64_t num_blocks = uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z;
+  uint64_t at = block_at(block.options, i, num_blocks);
+  block.random = block.options.seed * 0x9e3779b97f4a7c15ull + at;
+  return index_at(launch, at);
+}
+
+void begin(const Launch& launch, const Kernel& previous, const Options& options) {
+  // ThreadSanitizer would take the __shared__ arrays of both for one.
+  if (CHECKS_ORDER && launch.kernel == &previous) return;
+  Block& block = block_for(launch);
   check_launch(launch);
   create_stack_arena();
   FaultHandler handler;
   enter(block, launch, options);
+  block.is_early = true;
+  start_block(block, next_index(block, 0));
+  hold_block(block);
+}
+
+void launch(const Launch& launch, const Options& options) {
+  Block& block = block_for(launch);
+  bool has_begun = block.is_early;
+  check_launch(launch);
+  create_stack_arena();
+  FaultHandler handler;
+  if (!has_begun) enter(block, launch, options);
   uint64_t num_blocks = uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z;
   for (uint64_t i = 0; i < num_blocks; i++) {
-    uint64_t at = block_at(options, i, num_blocks);
-    block.random = options.seed * 0x9e3779b97f4a7c15ull + at;
-    uint64_t x = at % launch.grid.x, y = at / launch.grid.x % launch.grid.y;
-    uint64_t z = at / (uint64_t{launch.grid.x} * launch.grid.y);
-    run_block(block, uint3{static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)});
+    if (i == 0 && has_begun) {
+      resume_block(block);
+    } else {
+      start_block(block, next_index(block, i));
+    }
+    check_block(block);
   }
   check_stacks(block);
 }

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "instructions.h"
+#include "sanitizers.h"
 
 using Pointer = uint64_t;
 
@@ -41,6 +42,7 @@ int cuGraphLaunch(void*, void*);
 int cuModuleLoadData(void**, const void*);
 int cuModuleGetFunction(void**, void*, const char*);
 int cuFuncSetAttribute(void*, int, int);
+int cuLaunchKernelEx(const struct LaunchConfig*, void*, void**, void**);
 int cuLaunchKernel(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**);
 int cuTensorMapEncodeTiled(void*, int, unsigned, void*, const uint64_t*, const uint64_t*, const uint32_t*,
                            const uint32_t*, int, int, int, int);
@@ -86,6 +88,28 @@ static void enter_context() {
 }
 
 constexpr int COUNT = 64;
+
+struct LaunchAttribute {  // CUlaunchAttribute
+  int id;
+  char padding[4];
+  int value[16];
+};
+struct LaunchConfig {  // CUlaunchConfig
+  unsigned grid[3], block[3], shared_bytes;
+  void* stream;
+  LaunchAttribute* attributes;
+  unsigned num_attributes;
+};
+
+// A launch that may start while the kernel before it runs.
+static int launch_dependent(const char* name, Pointer in, Pointer out, void* stream) {
+  constexpr int PROGRAMMATIC_STREAM_SERIALIZATION = 6;
+  int count = COUNT;
+  void* arguments[] = {&in, &count, &out};
+  LaunchAttribute attribute{PROGRAMMATIC_STREAM_SERIALIZATION, {}, {1}};
+  LaunchConfig config{{1, 1, 1}, {COUNT, 1, 1}, 0, stream, &attribute, 1};
+  return cuLaunchKernelEx(&config, load_kernel(name), arguments, nullptr);
+}
 
 // `reverse_after_exit` over COUNT numbers.
 struct Reverse {
@@ -219,6 +243,44 @@ static void replays_graphs() {
   }
 }
 
+// A kernel that reads before it waits reads what was there before the kernel that it follows, from a graph as well.
+static void begins_dependent_launches_early() {
+  if (emulator::CHECKS_ORDER) return;  // ThreadSanitizer reports it
+  Reverse reverse;
+  Pointer back;
+  void *stream, *graph, *executable;
+  int value = 7;
+  auto first = [&] {
+    EXPECT(cuMemcpyDtoH_v2(&value, back, sizeof value), SUCCESS);
+    return value;
+  };
+  EXPECT(cuMemAlloc_v2(&back, COUNT * sizeof(int)), SUCCESS);
+  EXPECT(cuStreamCreate(&stream, 0), SUCCESS);
+  EXPECT(cuMemsetD32Async(reverse.out, 7, COUNT, stream), SUCCESS);
+  EXPECT(reverse.launch(stream, COUNT), SUCCESS);
+  EXPECT(launch_dependent("chained_reads_early", reverse.out, back, stream), SUCCESS);
+  EXPECT(first(), 7);
+  EXPECT(reverse.launch(stream, COUNT), SUCCESS);
+  EXPECT(launch_dependent("chained_right", reverse.out, back, stream), SUCCESS);
+  EXPECT(first(), 0);
+  // Behind a fill it is a launch like any other.
+  EXPECT(cuMemsetD32Async(reverse.out, 8, COUNT, stream), SUCCESS);
+  EXPECT(launch_dependent("chained_reads_early", reverse.out, back, stream), SUCCESS);
+  EXPECT(first(), 8);
+  EXPECT(cuStreamBeginCapture_v2(stream, 0), SUCCESS);
+  EXPECT(reverse.launch(stream, COUNT), SUCCESS);
+  EXPECT(launch_dependent("chained_reads_early", reverse.out, back, stream), SUCCESS);
+  EXPECT(cuStreamEndCapture(stream, &graph), SUCCESS);
+  EXPECT(cuGraphInstantiateWithFlags(&executable, graph, 0), SUCCESS);
+  EXPECT(cuGraphLaunch(executable, stream), SUCCESS);
+  EXPECT(first(), 8);
+}
+
+static void refuses_dependent_launches_before_hopper() {
+  Reverse reverse;
+  EXPECT(launch_dependent("chained_right", reverse.in, reverse.out, nullptr), NOT_SUPPORTED);
+}
+
 static void stays_failed() {
   Reverse reverse;
   EXPECT(reverse.launch(nullptr), SUCCESS);
@@ -311,6 +373,9 @@ int main() {
       {"works_late", works_late, {"FAKE_CUDA_ASYNC=late"}},
       {"works_early", works_early, {"FAKE_CUDA_ASYNC=early"}},
       {"replays_graphs", replays_graphs, {}},
+      {"begins_dependent_launches_early", begins_dependent_launches_early, {}},
+      {"refuses_dependent_launches_before_hopper", refuses_dependent_launches_before_hopper,
+       {"FAKE_CUDA_CAPABILITY=80"}},
       {"stays_failed", stays_failed, {"FAKE_CUDA_FAIL_AFTER=2"}},
       {"checks_tensor_maps", checks_tensor_maps, {}},
   };

@@ -12,7 +12,9 @@
 //   FAKE_CUDA_MULTIPROCESSORS=132
 //   FAKE_CUDA_MEMORY_MIB=2048
 //   FAKE_CUDA_SCHEDULE=forward       or backward, or a number that seeds a random schedule
-//   FAKE_CUDA_ASYNC=late             or early: when copies, wgmma and the work of streams take effect
+//   FAKE_CUDA_ASYNC=late             or early: when copies, wgmma and the work of streams take effect; late, a
+//                                    dependent launch (programmatic stream serialization) begins before the kernel
+//                                    that it follows
 //   FAKE_CUDA_FAIL_AFTER=N           launch N, from 1 (a graph's is one), and all that follows fails with
 //                                    CUDA_ERROR_ILLEGAL_ADDRESS
 //
@@ -48,7 +50,13 @@ enum Result : int {
 #define DRIVER_API extern "C" __attribute__((visibility("default"))) fake::Result
 
 using DevicePointer = uint64_t;
-using Work = std::function<void()>;
+
+struct Work {
+  std::function<void()> run;
+  const emulator::Kernel* kernel = nullptr;
+  // Of a dependent launch: what it does before it waits for the previous kernel.
+  std::function<void(const emulator::Kernel& previous)> begin = nullptr;
+};
 
 struct Device {
   int capability;

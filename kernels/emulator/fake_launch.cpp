@@ -41,7 +41,7 @@ struct LaunchAttribute {  // CUlaunchAttribute
   unsigned value[16];
 };
 static_assert(sizeof(LaunchAttribute) == 72);
-constexpr int CLUSTER_DIMENSION = 4;
+constexpr int CLUSTER_DIMENSION = 4, PROGRAMMATIC_STREAM_SERIALIZATION = 6;
 
 // The arguments of a launch, copied when it is submitted, at the alignment that kernels count on.
 struct Arguments {
@@ -74,6 +74,15 @@ static Result check_launch(const Function& function, const LaunchConfig& config)
   return SUCCESS;
 }
 
+// Whether a launch may start while the kernel before it in the stream still runs.
+static bool is_dependent(const LaunchConfig& config) {
+  const auto* attributes = static_cast<const LaunchAttribute*>(config.attributes);
+  for (unsigned i = 0; i < config.num_attributes; i++) {
+    if (attributes[i].id == PROGRAMMATIC_STREAM_SERIALIZATION && attributes[i].value[0] != 0) return true;
+  }
+  return false;
+}
+
 static Result launch(const Function& function, const LaunchConfig& config, void* const* arguments) {
   std::lock_guard lock(state_mutex());
   if (Result status = context_status()) return status;
@@ -83,12 +92,19 @@ static Result launch(const Function& function, const LaunchConfig& config, void*
   }
   const emulator::Kernel* kernel = function.kernel;
   auto copied = std::make_shared<Arguments>(*kernel, arguments);
-  return submit(config.stream, [=] {
-    emulator::Launch launch{kernel, copied->storage, dim3(config.grid[0], config.grid[1], config.grid[2]),
-                            dim3(config.block[0], config.block[1], config.block[2]), config.shared_bytes};
-    emulator::launch(launch, device().options);
+  // `begin` and `run` must have the same object.
+  auto launch = std::make_shared<emulator::Launch>(emulator::Launch{
+      kernel, copied->storage, dim3(config.grid[0], config.grid[1], config.grid[2]),
+      dim3(config.block[0], config.block[1], config.block[2]), config.shared_bytes, is_dependent(config)});
+  auto run = [=] {
+    emulator::launch(*launch, device().options);
     check_allocations(kernel->name);
-  });
+    (void)copied;
+  };
+  auto begin = [=](const emulator::Kernel& previous) { emulator::begin(*launch, previous, device().options); };
+  Work work{run, kernel};
+  if (launch->is_dependent) work.begin = begin;
+  return submit(config.stream, std::move(work));
 }
 
 static Result check_attributes(const LaunchConfig& config) {
@@ -98,7 +114,7 @@ static Result check_attributes(const LaunchConfig& config) {
     bool is_cluster = attributes[i].id == CLUSTER_DIMENSION && extent[0] * extent[1] * extent[2] != 1;
     if (is_cluster) return NOT_SUPPORTED;
   }
-  return SUCCESS;
+  return is_dependent(config) && device().capability < 90 ? NOT_SUPPORTED : SUCCESS;
 }
 
 // Kernels for wgmma are compiled for sm_90a alone: other devices' modules lack them.

@@ -89,20 +89,20 @@ static Result copy_to_device(DevicePointer to, const void* from, size_t bytes, v
   if (Result status = context_status()) return status;
   if (!is_device_memory(to, bytes)) return INVALID_VALUE;
   if (waits || is_capturing(stream_of(stream)) || is_pinned(from, bytes)) {
-    Result submitted = submit(stream, [=] { memcpy(host_pointer(to), from, bytes); });
+    Result submitted = submit(stream, {[=] { memcpy(host_pointer(to), from, bytes); }});
     if (waits) drain();
     return submitted;
   }
   const char* begin = static_cast<const char*>(from);
   std::vector<char> staged(begin, begin + bytes);
-  return submit(stream, [=] { memcpy(host_pointer(to), staged.data(), bytes); });
+  return submit(stream, {[=] { memcpy(host_pointer(to), staged.data(), bytes); }});
 }
 
 static Result copy_to_host(void* to, DevicePointer from, size_t bytes, void* stream, bool waits) {
   std::lock_guard lock(state_mutex());
   if (Result status = context_status()) return status;
   if (!is_device_memory(from, bytes)) return INVALID_VALUE;
-  Result submitted = submit(stream, [=] { memcpy(to, host_pointer(from), bytes); });
+  Result submitted = submit(stream, {[=] { memcpy(to, host_pointer(from), bytes); }});
   bool captured = is_capturing(stream_of(stream));
   if (waits || (!captured && !is_pinned(to, bytes))) drain();
   return submitted;
@@ -112,7 +112,7 @@ static Result copy_on_device(DevicePointer to, DevicePointer from, size_t bytes,
   std::lock_guard lock(state_mutex());
   if (Result status = context_status()) return status;
   if (!is_device_memory(to, bytes) || !is_device_memory(from, bytes)) return INVALID_VALUE;
-  return submit(stream, [=] { memmove(host_pointer(to), host_pointer(from), bytes); });
+  return submit(stream, {[=] { memmove(host_pointer(to), host_pointer(from), bytes); }});
 }
 
 template <class T>
@@ -120,10 +120,10 @@ static Result fill(DevicePointer to, T value, size_t count, void* stream) {
   std::lock_guard lock(state_mutex());
   if (Result status = context_status()) return status;
   if (to % sizeof(T) != 0 || !is_device_memory(to, count * sizeof(T))) return INVALID_VALUE;
-  return submit(stream, [=] {
+  return submit(stream, {[=] {
     T* begin = static_cast<T*>(host_pointer(to));
     for (size_t i = 0; i < count; i++) begin[i] = value;
-  });
+  }});
 }
 
 }  // namespace fake

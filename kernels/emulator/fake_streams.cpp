@@ -52,7 +52,9 @@ void drain() {
   while (!all.work.empty()) {
     Work work = std::move(all.work.front());
     all.work.pop_front();
-    work();
+    bool is_followed = work.kernel != nullptr && !all.work.empty() && all.work.front().begin != nullptr;
+    if (is_followed) all.work.front().begin(*work.kernel);
+    work.run();
   }
 }
 
@@ -112,7 +114,7 @@ DRIVER_API cuStreamWaitEvent(void*, void*, unsigned) { return context_status(); 
 DRIVER_API cuLaunchHostFunc(void* stream, void (*function)(void*), void* data) {
   std::lock_guard lock(state_mutex());
   if (Result status = context_status()) return status;
-  return submit(stream, [=] { function(data); });
+  return submit(stream, {[=] { function(data); }});
 }
 
 // ---- events ----------------------------------------------------------------------------------------------------
@@ -132,10 +134,10 @@ DRIVER_API cuEventRecord(void* handle, void* stream) {
   std::lock_guard lock(state_mutex());
   if (Result status = context_status()) return status;
   Event* event = static_cast<Event*>(handle);
-  return submit(stream, [=] {
+  return submit(stream, {[=] {
     event->recorded = true;
     event->time_ms = now_ms();
-  });
+  }});
 }
 DRIVER_API cuEventSynchronize(void*) { return wait_for(nullptr); }
 DRIVER_API cuEventQuery(void*) { return cuStreamQuery(nullptr); }

@@ -23,7 +23,7 @@ constexpr int SAVED_REGISTERS = 6;
 namespace emulator {
 
 char* stack_arena;
-ThreadPlace* stack_owners[MAX_THREADS];
+ThreadPlace* stack_owners[NUM_STACKS];
 
 constexpr uint64_t STACK_CANARY = 0x57494e44524f5345;
 // ThreadSanitizer takes two threads that use one stack after the other for a race.
@@ -40,7 +40,7 @@ constexpr bool SHARE_STACKS = true;
 void create_stack_arena() {
   if (stack_arena != nullptr) return;
   constexpr int FLAGS = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-  void* memory = mmap(nullptr, MAX_THREADS * STACK_BYTES, PROT_READ | PROT_WRITE, FLAGS, -1, 0);
+  void* memory = mmap(nullptr, NUM_STACKS * STACK_BYTES, PROT_READ | PROT_WRITE, FLAGS, -1, 0);
   if (memory == MAP_FAILED) die("no memory for the stacks of threads");
   stack_arena = static_cast<char*>(memory);
 }
@@ -58,7 +58,7 @@ static uint32_t take_stack(Block& block, const Thread& thread) {
     block.free_stacks.pop_back();
     return stack;
   }
-  uint32_t stack = block.num_stacks++;
+  uint32_t stack = block.first_stack + block.num_stacks++;
   memcpy(bottom_of(stack), &STACK_CANARY, sizeof STACK_CANARY);
   return stack;
 }
@@ -92,7 +92,7 @@ static void begin(Block& block, Thread& thread) {
 // Once per launch: the canaries lie at one power of two apart, and so on few lines of the cache.
 void check_stacks(const Block& block) {
   for (uint32_t i = 0; i < block.num_stacks; i++) {
-    const char* bottom = bottom_of(i);
+    const char* bottom = bottom_of(block.first_stack + i);
     if (memcmp(bottom, &STACK_CANARY, sizeof STACK_CANARY) != 0) die_after(block, "a thread overflowed its stack");
   }
 }
@@ -130,13 +130,15 @@ static uint32_t choose_lane(Block& block, uint32_t ready) {
   return bit_from(ready, next_random(block.random) % 32);
 }
 
-// The thread that runs next, no longer ready; null when all have ended.
+// The thread that runs next, no longer ready; null when all have ended, or can only go on after the previous kernel.
 static Thread* next_ready(Block& block) {
   bool hurries = block.options.order == Order::SEEDED && next_random(block.random) % 16 == 0;
   if (hurries) advance_engines(*block.engines);
   while (block.ready_warps == 0) {
     if (block.live == 0) return nullptr;
-    if (!advance_engines(*block.engines)) report_deadlock(block);
+    if (advance_engines(*block.engines)) continue;
+    if (block.num_held == 0) report_deadlock(block);
+    return nullptr;
   }
   block.current_warp = choose_warp(block);
   Warp& warp = block.warps[block.current_warp];
@@ -154,7 +156,11 @@ void make_ready(Block& block, uint32_t warp, uint32_t lanes) {
 
 static void switch_from(Block& block, Thread& thread) {
   Thread* next = next_ready(block);
-  if (next != &thread) {
+  if (next == nullptr) {
+    before_switch(thread.sanitizer, block.os_thread, false);
+    emulator_switch_stack(&thread.stack_pointer, block.os_stack_pointer);
+    after_switch(thread.sanitizer, nullptr);
+  } else if (next != &thread) {
     if (!has_begun(block, *next)) begin(block, *next);
     before_switch(thread.sanitizer, next->sanitizer, false);
     emulator_switch_stack(&thread.stack_pointer, next->stack_pointer);
@@ -213,7 +219,7 @@ static void thread_main() {
 void run_threads(Block& block) {
   order_release(&block.start_token);
   Thread* first = next_ready(block);
-  begin(block, *first);
+  if (!has_begun(block, *first)) begin(block, *first);
   before_switch(block.os_thread, first->sanitizer, false);
   emulator_switch_stack(&block.os_stack_pointer, first->stack_pointer);
   after_switch(block.os_thread, nullptr);

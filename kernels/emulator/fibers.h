@@ -1,4 +1,5 @@
-// Runs the blocks of a kernel on the CPU: each CUDA thread is a fiber, and one block runs at a time.
+// Runs the blocks of a kernel on the CPU: each CUDA thread is a fiber, and one block runs at a time; the first block of
+// a dependent launch begins before the launch that it follows, and is held where it waits for it.
 //
 // A fiber runs until it must wait: at a barrier, in an operation of its warp, for an mbarrier. The schedule then picks
 // the next one, first in the same warp, so that a warp runs as far ahead of the others as it can: the schedules that
@@ -27,6 +28,7 @@ namespace emulator {
 constexpr uint32_t LANES = 32;
 constexpr uint32_t MAX_THREADS = 1024;
 constexpr uint32_t MAX_WARPS = MAX_THREADS / LANES;
+constexpr uint32_t NUM_BLOCKS = 2;  // that have begun: one of a launch, and one of the next
 constexpr uint32_t NUM_BARRIERS = 16;
 constexpr size_t MAX_SHARED_BYTES = 227 * 1024;
 
@@ -61,13 +63,17 @@ struct Launch {
   const void* arguments;
   dim3 grid, block;
   size_t shared_bytes;
+  bool is_dependent = false;  // it may start while the launch before it still runs
 };
 // Returns when all blocks are done. Aborts the process, with a message, on whatever a GPU would fault or hang on.
 void launch(const Launch& launch, const Options& options);
+// Runs the first block of a dependent launch up to its waits for the previous kernel, as early as it may: call this
+// before `previous` is launched, and `launch` with the same object after it.
+void begin(const Launch& launch, const Kernel& previous, const Options& options);
 
 // ---- what instructions use -------------------------------------------------------------------------------------
 
-enum class Wait : uint8_t { NONE, BARRIER, WARP_OPERATION, MBARRIER };
+enum class Wait : uint8_t { NONE, BARRIER, WARP_OPERATION, MBARRIER, PREVIOUS_KERNEL };
 
 struct Engines;  // of asynchronous.cpp and tensor_core.cpp
 
@@ -91,8 +97,9 @@ struct ThreadPlace {
 // All stacks lie side by side, and the stack pointer tells which one the code is on: much cheaper than a thread_local
 // object in a library.
 constexpr size_t STACK_BYTES = SANITIZED ? 256 << 10 : 64 << 10;  // frames grow red zones under the sanitizers
+constexpr uint32_t NUM_STACKS = NUM_BLOCKS * MAX_THREADS;
 extern char* stack_arena;
-extern ThreadPlace* stack_owners[MAX_THREADS];
+extern ThreadPlace* stack_owners[NUM_STACKS];
 
 inline size_t current_stack() {
 #if defined(__x86_64__)

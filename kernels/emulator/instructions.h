@@ -12,6 +12,9 @@
 
 namespace emulator {
 
+void wait_for_previous_kernel();
+void let_next_kernel_start();
+
 void load_matrices(uint32_t* registers, const void* row, uint32_t num_matrices, bool transposed);
 enum class Format : uint8_t { BF16, E4M3 };
 // m16n8k16 of bf16, m16n8k32 of e4m3.
@@ -48,6 +51,11 @@ inline uint32_t float_to_bits(float value) {
 
 #define HAS_WGMMA 1
 #define HAS_E4M3 1
+
+// ---- one kernel after the other --------------------------------------------------------------------------------
+
+inline void wait_for_previous_kernel() { emulator::wait_for_previous_kernel(); }
+inline void let_next_kernel_start() { emulator::let_next_kernel_start(); }
 
 // ---- numbers ---------------------------------------------------------------------------------------------------
 

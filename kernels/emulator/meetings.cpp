@@ -1,4 +1,4 @@
-// Barriers and warp operations: where the threads of a block wait for each other.
+// Barriers and warp operations: where the threads of a block wait for each other; and the wait for the previous kernel.
 #include "block.h"
 
 namespace emulator {
@@ -119,6 +119,22 @@ void wake_mbarrier_waiters(const uint64_t* barrier) {
     }
   }
   block.mbarrier_waiters.resize(num_left);
+}
+
+// ---- the previous kernel ---------------------------------------------------------------------------------------
+
+void wait_for_previous_kernel() {
+  Block& block = this_block();
+  Thread& thread = this_thread();
+  thread.has_waited = block.has_waited = true;
+  if (!block.is_early) return;
+  block.num_held++;
+  park(block, thread, Wait::PREVIOUS_KERNEL);
+  order_acquire(&block.start_token);
+}
+
+void let_next_kernel_start() {
+  if (!this_thread().has_waited) die("let_next_kernel_start before wait_for_previous_kernel");
 }
 
 }  // namespace emulator

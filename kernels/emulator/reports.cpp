@@ -12,7 +12,7 @@ namespace emulator {
 // The thread whose stack holds an address; null if it is the stack of none.
 static const ThreadPlace* owner_of(const void* stack_pointer) {
   size_t offset = static_cast<size_t>(static_cast<const char*>(stack_pointer) - stack_arena);
-  return stack_arena != nullptr && offset < MAX_THREADS * STACK_BYTES ? stack_owners[offset / STACK_BYTES] : nullptr;
+  return stack_arena != nullptr && offset < NUM_STACKS * STACK_BYTES ? stack_owners[offset / STACK_BYTES] : nullptr;
 }
 
 static void print_block(const BlockPlace& place) {
@@ -50,6 +50,7 @@ static void print_wait(const Thread& thread) {
   if (thread.wait == Wait::BARRIER) fprintf(stderr, "barrier %u", thread.barrier_id);
   if (thread.wait == Wait::WARP_OPERATION) fprintf(stderr, "%s", name_of(thread.operation));
   if (thread.wait == Wait::MBARRIER) fprintf(stderr, "the mbarrier at %p", static_cast<const void*>(thread.mbarrier));
+  if (thread.wait == Wait::PREVIOUS_KERNEL) fprintf(stderr, "the previous kernel");
 }
 
 static bool waits_alike(const Thread& a, const Thread& b) {

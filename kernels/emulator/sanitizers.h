@@ -42,6 +42,12 @@ constexpr bool SANITIZED = true;
 #else
 constexpr bool SANITIZED = false;
 #endif
+// Whether the order of accesses is checked.
+#if defined(EMULATOR_TSAN)
+constexpr bool CHECKS_ORDER = true;
+#else
+constexpr bool CHECKS_ORDER = false;
+#endif
 // Whether accesses past the end of memory are found where they happen; otherwise by canaries, afterwards.
 #if defined(EMULATOR_ASAN)
 constexpr bool HAS_RED_ZONES = true;

@@ -449,6 +449,40 @@ WGMMA_GEMM(wgmma_gemm_warps_differ, 64, false, WARPS_DIFFER)
 WGMMA_GEMM(wgmma_gemm_no_final_wait, 64, false, NO_FINAL_WAIT)
 WGMMA_GEMM(wgmma_gemm_no_init_sync, 64, false, NO_INIT_SYNC)
 
+// ---- dependent launches ----------------------------------------------------------------------------------------
+
+enum class Chained { RIGHT, RIGHT_TOO, NO_WAIT, READS_EARLY, WRITES_EARLY, LETS_NEXT_FIRST };
+
+// Reverses the numbers of each block; where from is found before the previous kernel is done.
+template <Chained bug>
+DEVICE void reverse_chained(const int* in, int count, int* out) {
+  __shared__ int sources[256];
+  int i = threadIdx.x, first = blockIdx.x * count, value = 0;
+  sources[i] = count - 1 - i;
+  if (bug == Chained::READS_EARLY) value = in[first + count - 1 - i];
+  if (bug == Chained::WRITES_EARLY) out[first + i] = 0;
+  if (bug == Chained::LETS_NEXT_FIRST) let_next_kernel_start();
+  if (bug != Chained::NO_WAIT) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+  }
+  __syncthreads();
+  if (bug != Chained::READS_EARLY) value = in[first + sources[i]];
+  out[first + i] = value;
+}
+
+#define REVERSE_CHAINED(name, bug)                        \
+  KERNEL(256, name)(const int* in, int count, int* out) { \
+    reverse_chained<Chained::bug>(in, count, out);        \
+  }                                                       \
+  REGISTER_KERNEL(name)
+REVERSE_CHAINED(chained_right, RIGHT)
+REVERSE_CHAINED(chained_right_too, RIGHT_TOO)
+REVERSE_CHAINED(chained_no_wait, NO_WAIT)
+REVERSE_CHAINED(chained_reads_early, READS_EARLY)
+REVERSE_CHAINED(chained_writes_early, WRITES_EARLY)
+REVERSE_CHAINED(chained_lets_next_first, LETS_NEXT_FIRST)
+
 // ---- other planted bugs ----------------------------------------------------------------------------------------
 
 KERNEL(256, reverse_without_sync)(const int* in, int count, int* out) {

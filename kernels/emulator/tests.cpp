@@ -75,15 +75,27 @@ struct Shape {
   size_t shared_bytes = 0;
 };
 
+// A kernel with its arguments.
+struct Prepared {
+  alignas(64) char storage[1024];
+  emulator::Launch launch;
+
+  template <class... Arguments>
+  Prepared(const char* name, const Shape& shape, Arguments... arguments) {
+    const emulator::Kernel* kernel = emulator::find_kernel(name);
+    if (kernel == nullptr) emulator::die("there is no kernel %s", name);
+    void* pointers[] = {&arguments...};
+    if (kernel->arguments_bytes > sizeof storage) abort();
+    kernel->copy_arguments(pointers, storage);
+    launch = emulator::Launch{kernel, storage, shape.grid, shape.block, shape.shared_bytes};
+  }
+  Prepared(const Prepared&) = delete;
+  Prepared& operator=(const Prepared&) = delete;
+};
+
 template <class... Arguments>
 static void launch(const char* name, const Options& options, const Shape& shape, Arguments... arguments) {
-  const emulator::Kernel* kernel = emulator::find_kernel(name);
-  if (kernel == nullptr) emulator::die("there is no kernel %s", name);
-  void* pointers[] = {&arguments...};
-  alignas(64) char storage[1024];
-  if (kernel->arguments_bytes > sizeof storage) abort();
-  kernel->copy_arguments(pointers, storage);
-  emulator::launch(emulator::Launch{kernel, storage, shape.grid, shape.block, shape.shared_bytes}, options);
+  emulator::launch(Prepared(name, shape, arguments...).launch, options);
 }
 
 static uint32_t next_random() {
@@ -431,6 +443,28 @@ static bool run_reverse(const char* name, const Options& options) {
   return out.is_intact();
 }
 
+// The same kernel between two others, each of which may start while the one before it runs: from one buffer to another
+// and back, so that it shows if a kernel reads or writes too early.
+static bool run_chained(const char* name, const Options& options) {
+  constexpr int COUNT = 256, BLOCKS = 3;
+  Buffer<int> a(BLOCKS * COUNT), b(BLOCKS * COUNT);
+  for (int i = 0; i < BLOCKS * COUNT; i++) a[i] = b[i] = i;
+  Shape shape{BLOCKS, COUNT};
+  Prepared first("reverse_after_exit", shape, a.data(), COUNT, b.data());
+  Prepared second(name, shape, b.data(), COUNT, a.data());
+  Prepared third("chained_right_too", shape, a.data(), COUNT, b.data());
+  second.launch.is_dependent = third.launch.is_dependent = true;
+  emulator::begin(second.launch, *first.launch.kernel, options);
+  emulator::launch(first.launch, options);
+  emulator::begin(third.launch, *second.launch.kernel, options);
+  emulator::launch(second.launch, options);
+  emulator::launch(third.launch, options);
+  for (int i = 0; i < BLOCKS * COUNT; i++) {
+    if (b[i] != i / COUNT * COUNT + COUNT - 1 - i % COUNT) return false;
+  }
+  return a.is_intact() && b.is_intact();
+}
+
 struct Test {
   std::string name;
   bool is_bug;
@@ -452,6 +486,7 @@ static std::vector<Test> wrapper_tests() {
       {"mbarrier_phases", false, test_mbarrier_phases},
       {"register_budget", false, test_register_budget},
       {"copy_box", false, test_copy_box},
+      {"chained_right", false, [](auto& o) { return run_chained("chained_right", o); }},
       {"mma_gemm_right", false, [](auto& o) { return run_mma_gemm("mma_gemm_right", o, {100, 56, 160}); }},
       {"wgmma_gemm_8", false, [](auto& o) { return run_wgmma_gemm("wgmma_gemm_8", o, 8, {128, 24, 320}); }},
       {"wgmma_gemm_24", false, [](auto& o) { return run_wgmma_gemm("wgmma_gemm_24", o, 24, {64, 48, 192}); }},
@@ -472,6 +507,10 @@ static std::vector<Test> planted_bugs() {
         "wgmma_gemm_too_few_bytes_expected", "wgmma_gemm_warps_differ", "wgmma_gemm_no_final_wait",
         "wgmma_gemm_no_init_sync"}) {
     tests.push_back({name, true, [=](auto& o) { return run_wgmma_gemm(name, o, 64, {64, 64, 320}); }});
+  }
+  for (const char* name :
+       {"chained_no_wait", "chained_reads_early", "chained_writes_early", "chained_lets_next_first"}) {
+    tests.push_back({name, true, [=](auto& o) { return run_chained(name, o); }});
   }
   for (const char* name :
        {"reverse_without_sync", "write_past_global", "write_past_dynamic_shared", "shuffle_with_absent_lanes",
