@@ -94,6 +94,8 @@ DEVICE void attend(const AttentionItem& item, const bf16* q, const bf16* cache, 
   KERNEL(WARP, attention_decode_##HEAD)(const bf16* q, const bf16* cache, const uint32_t* block_tables,              \
                                         const AttentionItem* items, AttentionShape shape, bf16* out,                 \
                                         Softmax* partial_softmax, float* partial_output) {                           \
+    wait_for_previous_kernel();                                                                                      \
+    let_next_kernel_start();                                                                                         \
     const AttentionItem& item = items[blockIdx.x];                                                                   \
     if (item.num_tokens == 0) return;                                                                                \
     attend<HEAD>(item, q, cache, block_tables, shape, out, partial_softmax, partial_output);                         \

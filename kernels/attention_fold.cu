@@ -13,6 +13,8 @@ struct FoldItem {
 // Folds the chunks of a token's head, one block per token and head, one thread per feature.
 KERNEL(128, attention_fold)(const FoldItem* items, const Softmax* partial_softmax, const float* partial_output,
                             AttentionShape shape, bf16* out) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   const FoldItem item = items[blockIdx.x];
   int head = blockIdx.y, feature = threadIdx.x;
   if (item.num_chunks == 0 || feature >= shape.kv.head_dim) return;

@@ -20,17 +20,19 @@ import time
 TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120"]
 OPTIONS = ["--std=c++17", "--ptxas-options=-v", "--ptxas-options=--warn-on-spills"]
 SUSPICIOUS = re.compile(r"spill|Performance Loss|C75\d\d|warning|ignored", re.IGNORECASE)
-# Instructions that machine code must contain: (pattern of the kernel's name, target or None for all, names).
+# Instructions that machine code must contain: (pattern of the kernel's name, targets, names).
 EXPECTED_SASS = [
-    (r"wgmma_(f32|bf16|swiglu)_\d+", "sm_90a", ["HGMMA", "UTMALDG"]),
-    (r"wgmma_e4m3_\w+", "sm_90a", ["QGMMA", "UTMALDG"]),
-    (r"mma_(f32|bf16|swiglu)_\d+", None, ["HMMA", "LDSM", "LDGSTS"]),
-    (r"mma_e4m3_\w+", "sm_89", ["QMMA", "LDSM", "LDGSTS"]),
-    (r"attention_(prefill|decode)_\d+", None, ["HMMA", "LDSM", "LDGSTS"]),
-    (r"wgmma_gemm_\d+", "sm_90a", ["HGMMA", "UTMALDG"]),
-    (r"wgmma_gemm_e4m3_\d+", "sm_90a", ["QGMMA", "UTMALDG"]),
-    (r"register_budget", "sm_90a", ["USETMAXREG"]),
+    (r"wgmma_(f32|bf16|swiglu)_\d+", ["sm_90a"], ["HGMMA", "UTMALDG"]),
+    (r"wgmma_e4m3_\w+", ["sm_90a"], ["QGMMA", "UTMALDG"]),
+    (r"mma_(f32|bf16|swiglu)_\d+", TARGETS, ["HMMA", "LDSM", "LDGSTS"]),
+    (r"mma_e4m3_\w+", ["sm_89"], ["QMMA", "LDSM", "LDGSTS"]),
+    (r"attention_(prefill|decode)_\d+", TARGETS, ["HMMA", "LDSM", "LDGSTS"]),
+    (r"wgmma_gemm_\d+", ["sm_90a"], ["HGMMA", "UTMALDG"]),
+    (r"wgmma_gemm_e4m3_\d+", ["sm_90a"], ["QGMMA", "UTMALDG"]),
+    (r"register_budget", ["sm_90a"], ["USETMAXREG"]),
 ]
+# Every kernel waits for the one before it and lets the next one start: the rule in device.cuh.
+DEPENDENT_SASS = (r"\w+", ["sm_90a", "sm_100a", "sm_120"], ["ACQBULK", "PREEXIT"])
 
 
 def load_nvrtc(nvidia_dir):
@@ -92,12 +94,12 @@ def read_log(log):
     return kernels, complaints
 
 
-def missing_instructions(disassembler, cubin_path, target):
+def missing_instructions(disassembler, cubin_path, target, expected):
     sass = subprocess.run([disassembler, cubin_path], capture_output=True, text=True, check=True).stdout
     sections = re.split(r"^\s*\.section\s+\.text\.(\w+).*$", sass, flags=re.MULTILINE)
     for kernel, code in zip(sections[1::2], sections[2::2], strict=True):
-        for pattern, only, instructions in EXPECTED_SASS:
-            if re.fullmatch(pattern, kernel) and only in (None, target):
+        for pattern, targets, instructions in expected:
+            if re.fullmatch(pattern, kernel) and target in targets:
                 yield from (f"{kernel}: no {name} in its SASS" for name in instructions if name not in code)
 
 
@@ -112,11 +114,13 @@ def main():
         with open(path, "rb") as header:
             headers[os.path.basename(path).encode()] = header.read()
 
-    builds = [(path, TARGETS, out_dir) for path in sorted(glob.glob(f"{kernels_dir}/*.cu"))]
+    expected = [*EXPECTED_SASS, DEPENDENT_SASS]
+    builds = [(path, TARGETS, out_dir, expected) for path in sorted(glob.glob(f"{kernels_dir}/*.cu"))]
     # Apart from the others: a binary embeds all cubins that lie in OUT_DIR itself.
-    builds.append((f"{kernels_dir}/emulator/test_kernels.cu", ["sm_90a"], os.path.join(out_dir, "wrappers")))
+    test_kernels, test_dir = f"{kernels_dir}/emulator/test_kernels.cu", os.path.join(out_dir, "wrappers")
+    builds.append((test_kernels, ["sm_90a"], test_dir, EXPECTED_SASS))
     table, complaints, started, total_bytes = {}, [], time.monotonic(), 0
-    for path, targets, folder in builds:
+    for path, targets, folder, expected in builds:
         name = os.path.splitext(os.path.basename(path))[0]
         os.makedirs(folder, exist_ok=True)
         for target in targets:
@@ -128,7 +132,7 @@ def main():
                 file.write(cubin)
             total_bytes += len(cubin)
             kernels, found = read_log(log)
-            found += missing_instructions(disassembler, cubin_path, target)
+            found += missing_instructions(disassembler, cubin_path, target, expected)
             complaints += [f"{target} {complaint}" for complaint in found]
             for kernel, usage in kernels.items():
                 table.setdefault(kernel, {})[target] = usage

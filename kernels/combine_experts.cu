@@ -9,6 +9,8 @@ constexpr int MAX_WIDTH = 64;
 
 KERNEL(256, combine_experts)(const float4* y, const uint32_t* rows, const float* weights, int width, float4* out,
                              int row_quads) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   __shared__ uint32_t sorted_rows[MAX_WIDTH];
   __shared__ float sorted_weights[MAX_WIDTH];
   const uint32_t* token_rows = rows + static_cast<int64_t>(blockIdx.x) * width;

@@ -32,6 +32,34 @@ using int64_t = long long;
   extern __shared__ __align__(1024) unsigned char dynamic_shared[]; \
   T* name = reinterpret_cast<T*>(dynamic_shared)
 
+// ---- one kernel after the other ------------------------------------------------------------------------------
+
+// The host may launch a kernel so that it starts while the one before it still runs (programmatic dependent launch,
+// from sm_90 on). That is sound because every kernel does the same three things in the same order:
+//
+//   1. wait_for_previous_kernel()     once, in every thread that reads or writes memory
+//   2. let_next_kernel_start()        at once, without waiting for its own work
+//   3. its work
+//
+// A kernel starts when every block of the one before has come past 1: so all kernels but that one are done. Before its
+// own wait a kernel may therefore read launch parameters, weights, and the results of the last kernel but one and of
+// those before it, these from the L2 (`__ldcg`), for nothing has made sure yet that the L1 has no older ones. It writes
+// nothing but shared memory. After the wait it does as it likes.
+//
+// Where anything but a kernel of ours comes between two launches, or where weights were just written, the host launches
+// in the ordinary way, and both calls do nothing. The emulator runs the first block of each launch as early as it may,
+// so that what it reads too early is stale.
+
+#if __CUDA_ARCH__ >= 900
+// Returns when the previous kernel is done and its writes can be seen. griddepcontrol.wait
+DEVICE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// The next kernel may start once every block has called this. griddepcontrol.launch_dependents
+DEVICE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+#else
+DEVICE void wait_for_previous_kernel() {}
+DEVICE void let_next_kernel_start() {}
+#endif
+
 // ---- numbers ---------------------------------------------------------------------------------------------------
 
 struct bf16 {

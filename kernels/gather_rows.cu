@@ -7,6 +7,8 @@
 #include "device.cuh"
 
 KERNEL(128, gather_rows)(const uint4* x, const uint32_t* indices, int divisor, uint4* out, int row_quads) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   const uint4* row = x + static_cast<int64_t>(indices[blockIdx.x] / divisor) * row_quads;
   uint4* out_row = out + static_cast<int64_t>(blockIdx.x) * row_quads;
   for (int i = threadIdx.x; i < row_quads; i += blockDim.x) out_row[i] = row[i];

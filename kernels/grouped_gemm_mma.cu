@@ -83,6 +83,8 @@ DEVICE void grouped_gemm(const bf16* weights, const bf16* x, const GroupedShape&
 
 #define GROUPED_GEMM_MMA(NAME, FORMAT, TOKENS, EPILOGUE)                                           \
   KERNEL(MMA_THREADS, NAME)(const bf16* weights, const bf16* x, GroupedShape shape, void* out) { \
+    wait_for_previous_kernel();                                                                    \
+    let_next_kernel_start();                                                                       \
     grouped_gemm<FORMAT, TOKENS, EPILOGUE>(weights, x, shape, out);                                \
   }                                                                                                \
   REGISTER_KERNEL(NAME)

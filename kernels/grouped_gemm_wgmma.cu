@@ -122,6 +122,8 @@ DEVICE void grouped_gemm(const TensorMap* weights, const TensorMap* x, const Gro
 #define GROUPED_GEMM(NAME, FORMAT, CONSUMERS, TOKENS, STAGES, EPILOGUE)                                           \
   KERNEL(WARP * (4 * CONSUMERS + 1), NAME)(const __grid_constant__ TensorMap weights,                             \
                                            const __grid_constant__ TensorMap x, GroupedShape shape, void* out) { \
+    wait_for_previous_kernel();                                                                                   \
+    let_next_kernel_start();                                                                                      \
     grouped_gemm<FORMAT, CONSUMERS, TOKENS, STAGES, EPILOGUE>(&weights, &x, shape, out);                          \
   }                                                                                                               \
   REGISTER_KERNEL(NAME)

@@ -57,11 +57,15 @@ DEVICE auto dummy(uint64_t seed, float mean, float deviation, Placement place) {
 }
 
 KERNEL(PLACE_THREADS, place_rows)(const bf16* rows, int first, bf16* matrix, Placement place) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   place_bf16(uploaded(rows, place), first + blockIdx.x, matrix, place);
 }
 REGISTER_KERNEL(place_rows)
 
 KERNEL(PLACE_THREADS, place_dummy)(uint64_t seed, float mean, float deviation, bf16* matrix, Placement place) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   place_bf16(dummy(seed, mean, deviation, place), blockIdx.x, matrix, place);
 }
 REGISTER_KERNEL(place_dummy)
@@ -77,6 +81,8 @@ DEVICE void place_e4m3(Element element, int row, e4m3* matrix, float* scales, Pl
 }
 
 KERNEL(PLACE_THREADS, place_rows_e4m3)(const bf16* rows, int first, e4m3* matrix, float* scales, Placement place) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   place_e4m3(uploaded(rows, place), first + blockIdx.x, matrix, scales, place);
 }
 REGISTER_KERNEL(place_rows_e4m3)
@@ -84,6 +90,8 @@ REGISTER_KERNEL(place_rows_e4m3)
 // What is quantised is rounded to bf16 first, as a stored weight would have been.
 KERNEL(PLACE_THREADS, place_dummy_e4m3)(uint64_t seed, float mean, float deviation, e4m3* matrix, float* scales,
                                         Placement place) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   auto value = dummy(seed, mean, deviation, place);
   place_e4m3([&](int i) { return to_f32(to_bf16(value(i))); }, blockIdx.x, matrix, scales, place);
 }

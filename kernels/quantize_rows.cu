@@ -15,6 +15,8 @@ struct RowStrides {
 
 KERNEL(E4M3_THREADS, quantize_rows)(const bf16* x, const uint32_t* indices, int divisor, e4m3* out, float* scales,
                                     RowStrides strides) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   int64_t from = indices ? indices[blockIdx.x] / divisor : blockIdx.x;
   const bf16* row = x + from * strides.x;
   auto element = [&](int i) { return i < strides.x ? to_f32(row[i]) : 0.0f; };

@@ -2,6 +2,8 @@
 #include "device.cuh"
 
 KERNEL(256, read_sweep)(const uint4* buffer, int64_t quads, uint32_t* sums) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   uint32_t sum = 0;
   int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
 #pragma unroll 8

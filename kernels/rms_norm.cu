@@ -51,12 +51,16 @@ DEVICE void rms_norm_row(float* x, const float* delta, const float* weight, bf16
 }
 
 KERNEL(NORM_THREADS, rms_norm)(float* x, const float* weight, bf16* out, NormShape shape) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   rms_norm_row<false>(x, x, weight, out, shape);
 }
 REGISTER_KERNEL(rms_norm)
 
 KERNEL(NORM_THREADS, add_rms_norm)(float* residual, const float* delta, const float* weight, bf16* out,
                                    NormShape shape) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   rms_norm_row<true>(residual, delta, weight, out, shape);
 }
 REGISTER_KERNEL(add_rms_norm)

@@ -8,6 +8,8 @@
 KERNEL(256, rope_store_kv)(const float* qkv, int qkv_stride, const float* cos_table, const float* sin_table,
                            const uint32_t* positions, const uint32_t* slots, bf16* queries, int queries_stride,
                            bf16* cache, KvShape shape) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   int half = shape.head_dim / 2;
   const float* row = qkv + static_cast<int64_t>(blockIdx.x) * qkv_stride;
   bf16* query_row = queries + static_cast<int64_t>(blockIdx.x) * queries_stride;

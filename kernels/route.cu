@@ -193,6 +193,8 @@ DEVICE void group_by_expert(uint32_t* counts, RouteShape shape, RoutingTables ta
 
 KERNEL(ROUTE_THREADS, route)(const bf16* x, const bf16* router, RoutingTables tables, RouteShape shape,
                              StepSteering steering) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   __shared__ float logits[MAX_EXPERTS];
   __shared__ uint32_t counts[MAX_EXPERTS];
   __shared__ ExpertSet open;

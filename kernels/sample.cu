@@ -338,6 +338,8 @@ DEVICE uint32_t take_token(const Row& row, uint32_t likeliest, const SampleRow& 
 // `edits`, `masks` and `originals` are of all rows together; `tokens` has one entry per row, `logprobs` 1 + MAX_TOP.
 KERNEL(SAMPLE_THREADS, sample)(float* logits, int vocab, int stride, const SampleRow* rows, const LogitEdit* edits,
                                const uint32_t* masks, float* originals, uint32_t* tokens, TokenLogprob* logprobs) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   SampleRow wanted = rows[blockIdx.x];
   float* row_logits = logits + static_cast<int64_t>(blockIdx.x) * stride;
   edits += wanted.first_edit;

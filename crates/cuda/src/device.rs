@@ -1,6 +1,8 @@
 //! One GPU: its context, one stream, the loaded kernels, memory, and the first error.
 //!
 //! Everything runs on one stream, in order; nothing here waits for it but `synchronize` and the copies that say so.
+//! Where the device can, a kernel that directly follows another starts while that one still runs, as the rule in
+//! `kernels/device.cuh` makes sound: then a launch costs no gap between two kernels.
 //! Launches return nothing: an error is kept, what follows it is not launched, and `check` tells of it.
 
 use std::collections::HashMap;
@@ -14,6 +16,7 @@ use cudarc::driver::{
 };
 use cudarc::nvrtc::Ptx;
 
+use crate::CudaOptions;
 use crate::images;
 use crate::kernels::{self, Argument};
 use crate::probe::{DeviceInfo, describe};
@@ -22,6 +25,8 @@ use crate::probe::{DeviceInfo, describe};
 const UNASKED_SHARED_BYTES: u32 = 48 << 10;
 /// More than any kernel takes.
 const MAX_ARGUMENTS: usize = 12;
+/// Per cent of a multiprocessor's memory that are shared memory, where the rest is the L1 cache.
+const ALL_SHARED: i32 = 100;
 
 /// Bytes on the device, freed with this.
 pub(crate) struct Buffer {
@@ -58,6 +63,10 @@ pub(crate) struct Device {
     pub(crate) num_multiprocessors: u32,
     /// Whether products run on warpgroups' tensor cores.
     pub(crate) has_wgmma: bool,
+    /// Whether kernels start while the one before still runs.
+    dependent_launches: bool,
+    /// Whether the last thing in the stream is a kernel that the next one may overlap.
+    follows_kernel: bool,
     error: Option<DriverError>,
 }
 
@@ -80,20 +89,23 @@ impl Grid {
 }
 
 impl Device {
-    /// Opens a device and loads every kernel that it needs; those compiled for it are kept in `cache`.
-    pub(crate) fn open(info: &DeviceInfo, cache: Option<&Path>) -> Result<Self, BackendError> {
+    /// Opens a device and loads every kernel that it needs.
+    pub(crate) fn open(info: &DeviceInfo, options: &CudaOptions) -> Result<Self, BackendError> {
         let context = CudaContext::new(info.ordinal).map_err(failed)?;
         // SAFETY: one stream uses all memory, so there is nothing to be kept in order by events.
         unsafe { context.disable_event_tracking() };
+        let dependent_launches = options.dependent_launches && info.capability.has_dependent_launches();
         let multiprocessors = context
             .attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
             .map_err(failed)?;
         let has_wgmma = info.capability.has_wgmma();
         Ok(Self {
             stream: context.new_stream().map_err(failed)?,
-            kernels: load_kernels(&context, info, cache)?,
+            kernels: load_kernels(&context, info, options.kernel_cache.as_deref(), dependent_launches)?,
             num_multiprocessors: multiprocessors as u32,
             has_wgmma,
+            dependent_launches,
+            follows_kernel: false,
             error: None,
         })
     }
@@ -106,6 +118,7 @@ impl Device {
 
     /// Allocates zeroed memory; `what` is for the message if there is none.
     pub(crate) fn allocate(&mut self, what: &str, num_bytes: usize) -> Result<Buffer, BackendError> {
+        self.end_chain();
         // A handle without rows still has an address.
         let slice = self.stream.alloc_zeros::<u8>(num_bytes.max(1)).map_err(|error| {
             if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
@@ -154,8 +167,16 @@ impl Device {
             return;
         }
         let kernel = self.kernels.get_mut(name).unwrap_or_else(|| panic!("there is no kernel {name}"));
-        let result = launch(&self.stream, kernel, grid, arguments);
+        let overlaps = self.dependent_launches && self.follows_kernel;
+        let result = launch(&self.stream, kernel, grid, arguments, overlaps);
+        self.follows_kernel = true;
         self.record(result);
+    }
+
+    /// Makes the next launch wait for all before it; so does everything in the stream that is not a launch. Needed behind
+    /// kernels that write what others take for constant: they read it before their predecessor is done.
+    pub(crate) fn end_chain(&mut self) {
+        self.follows_kernel = false;
     }
 
     /// Copies to the device and waits.
@@ -188,6 +209,12 @@ impl Device {
 
     /// What a call of the driver gives, or `None` and the error is kept.
     pub(crate) fn call<T>(&mut self, call: impl FnOnce() -> Result<T, DriverError>) -> Option<T> {
+        self.end_chain();
+        self.call_beside(call)
+    }
+
+    /// The same for a call that puts nothing into the stream.
+    pub(crate) fn call_beside<T>(&mut self, call: impl FnOnce() -> Result<T, DriverError>) -> Option<T> {
         if self.error.is_some() {
             return None;
         }
@@ -241,6 +268,7 @@ impl Device {
 
     /// Waits for all work.
     pub(crate) fn synchronize(&mut self) {
+        self.end_chain();
         let result = self.stream.synchronize();
         self.record(result);
     }
@@ -269,6 +297,7 @@ fn launch(
     kernel: &mut Kernel,
     grid: Grid,
     arguments: &[&dyn Argument],
+    overlaps: bool,
 ) -> Result<(), DriverError> {
     assert!(arguments.len() <= MAX_ARGUMENTS);
     stream.context().bind_to_thread()?;
@@ -280,23 +309,31 @@ fn launch(
     let mut pointers = [std::ptr::null_mut(); MAX_ARGUMENTS];
     pointers.iter_mut().zip(arguments).for_each(|(pointer, argument)| *pointer = argument.pointer());
     let [x, y] = grid.blocks.map(|blocks| blocks as u32);
+    let value = sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 };
+    let id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    let mut overlap = sys::CUlaunchAttribute { id, pad: [0; 4], value };
+    let config = sys::CUlaunchConfig {
+        gridDimX: x,
+        gridDimY: y,
+        gridDimZ: 1,
+        blockDimX: grid.threads,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: grid.shared_bytes,
+        hStream: stream.cu_stream(),
+        attrs: &mut overlap,
+        numAttrs: overlaps.into(),
+    };
+    let (function, pointers) = (kernel.function.cu_function(), pointers.as_mut_ptr());
     // SAFETY: every pointer is to a value that lives until the driver has copied it, which it does before returning.
-    unsafe {
-        result::launch_kernel(
-            kernel.function.cu_function(),
-            (x, y, 1),
-            (grid.threads, 1, 1),
-            grid.shared_bytes,
-            stream.cu_stream(),
-            &mut pointers,
-        )
-    }
+    unsafe { sys::cuLaunchKernelEx(&config, function, pointers, std::ptr::null_mut()) }.result()
 }
 
 fn load_kernels(
     context: &Arc<CudaContext>,
     info: &DeviceInfo,
     cache: Option<&Path>,
+    dependent_launches: bool,
 ) -> Result<HashMap<&'static str, Kernel>, BackendError> {
     let files = kernels::files(info.capability);
     let images = images::load(&files, &info.capability.target(), info.kernels, cache)?;
@@ -305,6 +342,12 @@ fn load_kernels(
         let module = context.load_module(Ptx::from_binary(image.into_owned())).map_err(failed)?;
         for name in names {
             let function = module.load_function(name).map_err(failed)?;
+            // A block starts beside another kernel's only where that has left it enough shared memory. The sampler is the
+            // last of its step, and reads its rows often enough to want them in the L1 cache.
+            if dependent_launches && name != "sample" {
+                let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+                function.set_attribute(attribute, ALL_SHARED).map_err(failed)?;
+            }
             loaded.insert(name, Kernel { function, shared_bytes: UNASKED_SHARED_BYTES });
         }
     }

@@ -63,13 +63,15 @@ pub struct CudaOptions {
     pub weights: WeightFormat,
     /// Whether steps that only decode are recorded as CUDA graphs and replayed. No bit depends on it.
     pub graphs: bool,
+    /// Whether a kernel may start while the one before it still runs, where the device can. No bit depends on it.
+    pub dependent_launches: bool,
     /// Where kernels are kept that are not in the binary and were compiled for this device.
     pub kernel_cache: Option<PathBuf>,
 }
 
 impl Default for CudaOptions {
     fn default() -> Self {
-        Self { weights: WeightFormat::Bf16, graphs: true, kernel_cache: None }
+        Self { weights: WeightFormat::Bf16, graphs: true, dependent_launches: true, kernel_cache: None }
     }
 }
 
@@ -138,7 +140,7 @@ impl Cuda {
         if options.weights == WeightFormat::E4m3 && !info.capability.has_e4m3() {
             return Err(BackendError::Unsupported(format!("{} does not multiply fp8", info.name)));
         }
-        let mut device = Device::open(&info, options.kernel_cache.as_deref())?;
+        let mut device = Device::open(&info, &options)?;
         let counts = device.allocate("offsets of experts", MAX_COUNTS * size_of::<u32>())?;
         Ok(Self {
             info,

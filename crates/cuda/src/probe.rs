@@ -43,6 +43,12 @@ impl Capability {
         self >= Self { major: 8, minor: 9 }
     }
 
+    /// Whether a kernel can start while the one before it runs. Drivers from CUDA 12.3 on record that in graphs, and none
+    /// so old is used here.
+    pub(crate) fn has_dependent_launches(self) -> bool {
+        self >= Self { major: 9, minor: 0 }
+    }
+
     /// Whether the kernels for warpgroups' tensor cores and bulk tensor copies run.
     pub(crate) fn has_wgmma(self) -> bool {
         self == Self { major: 9, minor: 0 }

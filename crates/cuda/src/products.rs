@@ -72,7 +72,7 @@ pub(crate) fn multiply(device: &mut Device, weights: &Matrix, rows: Rows, epilog
         device.launch(kernel, grid, &[&weights.buffer.address, &rows.x, &shape, &rows.out]);
         return;
     }
-    let maps = device.call(|| {
+    let maps = device.call_beside(|| {
         Ok([
             TensorMap::of_weights(weights)?,
             TensorMap::of_rows(rows.x, weights.units(), rows.max_rows, tile.tokens as u32)?,

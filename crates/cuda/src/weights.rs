@@ -151,6 +151,7 @@ impl Uploader {
                     device.launch("place_dummy_e4m3", grid, &arguments);
                 }
             }
+            device.end_chain();
             return device.check();
         }
         let rows_per_slot = (STAGING_ELEMENTS / view.cols).max(1);
@@ -165,6 +166,7 @@ impl Uploader {
                 }
             }
         }
+        device.end_chain();
         device.check()
     }
 

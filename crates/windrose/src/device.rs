@@ -123,7 +123,12 @@ pub(crate) fn cpu_options(settings: &Settings, formats: CpuFormats) -> CpuOption
 
 /// What the settings say of a GPU.
 pub(crate) fn cuda_options(settings: &Settings, weights: GpuWeights) -> CudaOptions {
-    CudaOptions { weights, graphs: settings.cuda_graphs, kernel_cache: kernel_cache(settings) }
+    CudaOptions {
+        weights,
+        graphs: settings.cuda_graphs,
+        dependent_launches: settings.cuda_dependent_launches,
+        kernel_cache: kernel_cache(settings),
+    }
 }
 
 /// The directory of compiled kernels, if they are kept.

@@ -27,6 +27,7 @@ pub(crate) struct Settings {
     pub(crate) device: String,
     pub(crate) gpu_memory_utilization: f64,
     pub(crate) cuda_graphs: bool,
+    pub(crate) cuda_dependent_launches: bool,
     pub(crate) kernel_cache_dir: String,
     pub(crate) weights: String,
     pub(crate) packed_dir: String,

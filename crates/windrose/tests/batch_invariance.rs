@@ -237,7 +237,7 @@ fn the_gpu_is_batch_invariant() {
                 println!("skipped: {} does not multiply fp8", info.name);
                 continue;
             }
-            let options = CudaOptions { weights, graphs, kernel_cache: None };
+            let options = CudaOptions { weights, graphs, ..CudaOptions::default() };
             check(|| Cuda::new(info.clone(), options.clone()).expect("the device opens"));
         }
     }
