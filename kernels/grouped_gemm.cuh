@@ -17,6 +17,7 @@
 
 constexpr int TILE_K = 64;  // units of two bytes
 constexpr int STEP_K = 16;  // of one operation of the tensor cores
+constexpr int MAX_EXPERTS = 256;
 
 // Shape of a product; `offsets` is null for a product without experts, whose rows are 0..num_rows.
 struct GroupedShape {

@@ -9,6 +9,10 @@
 // few tokens per expert this streams weights: about 180 KB of them are in flight on every multiprocessor. With many,
 // two consumers share 256 tokens, and the tensor cores are the limit.
 //
+// It starts while the previous kernel still makes its tokens (device.cuh), and fills the ring with weights meanwhile.
+// So `offsets` must come from the last kernel but one, or from before: in a layer, a gather or a quantisation lies
+// between the route and the first product.
+//
 // The launch: one block per multiprocessor; STAGES stages of shared memory; maps with boxes of [64 units, 64 rows] over
 // the weights [expert][row][k] and of [64 units, TOKENS] over the tokens [row][k].
 #include "grouped_gemm.cuh"
@@ -41,17 +45,33 @@ DEVICE void produce(const TensorMap* weights, const TensorMap* x, const GroupedS
   using S = Stage<CONSUMERS, TOKENS>;
   Ring<STAGES> ring;
   Tile tile;
+  auto load_weights = [&](int stage, int k) {
+    // Both parts are expected here: the stage is full when its tokens have come too.
+    mbarrier_arrive_expect(&full[stage], S::BYTES);
+    for (int c = 0; c < CONSUMERS; c++) {
+      tma_load_3d(stages + stage * S::BYTES + c * S::WEIGHT_TILE_BYTES, weights, &full[stage], k,
+                  tile.weight_row + 64 * c, tile.expert);
+    }
+  };
+  auto load_tokens = [&](int stage, int k) {
+    tma_load_2d(stages + stage * S::BYTES + CONSUMERS * S::WEIGHT_TILE_BYTES, x, &full[stage], k, tile.row);
+  };
+  // The previous kernel makes the tokens, not the weights: these fill the ring once while it still runs.
+  int num_ahead = 0;
+  if (find_tile<64 * CONSUMERS, TOKENS>(shape, blockIdx.x, tile)) {
+    for (; num_ahead < min(STAGES, shape.stride / TILE_K); num_ahead++) load_weights(num_ahead, num_ahead * TILE_K);
+  }
+  wait_for_previous_kernel();
   for (int index = blockIdx.x; find_tile<64 * CONSUMERS, TOKENS>(shape, index, tile); index += gridDim.x) {
     for (int k = 0; k < shape.stride; k += TILE_K) {
-      // The first round finds the stages empty: the wait for the phase before the first returns at once.
-      mbarrier_wait(&empty[ring.stage], ring.parity ^ 1);
-      mbarrier_arrive_expect(&full[ring.stage], S::BYTES);
-      uint8_t* stage = stages + ring.stage * S::BYTES;
-      for (int c = 0; c < CONSUMERS; c++) {
-        tma_load_3d(stage + c * S::WEIGHT_TILE_BYTES, weights, &full[ring.stage], k, tile.weight_row + 64 * c,
-                    tile.expert);
+      if (num_ahead > 0) {
+        num_ahead--;
+      } else {
+        // The first round finds the stages empty: the wait for the phase before the first returns at once.
+        mbarrier_wait(&empty[ring.stage], ring.parity ^ 1);
+        load_weights(ring.stage, k);
       }
-      tma_load_2d(stage + CONSUMERS * S::WEIGHT_TILE_BYTES, x, &full[ring.stage], k, tile.row);
+      load_tokens(ring.stage, k);
       ring.advance();
     }
   }
@@ -64,6 +84,8 @@ DEVICE void consume(const GroupedShape& shape, void* out, uint8_t* stages, uint6
   Ring<STAGES> ring;
   Tile tile;
   float d[TOKENS / 2];
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   for (int index = blockIdx.x; find_tile<64 * CONSUMERS, TOKENS>(shape, index, tile); index += gridDim.x) {
     int previous = -1;
     for (int k = 0; k < shape.stride; k += TILE_K) {
@@ -97,10 +119,15 @@ DEVICE void consume(const GroupedShape& shape, void* out, uint8_t* stages, uint6
 }
 
 template <Format FORMAT, int CONSUMERS, int TOKENS, int STAGES, Epilogue EPILOGUE>
-DEVICE void grouped_gemm(const TensorMap* weights, const TensorMap* x, const GroupedShape& shape, void* out) {
+DEVICE void grouped_gemm(const TensorMap* weights, const TensorMap* x, GroupedShape shape, void* out) {
   DYNAMIC_SHARED(uint8_t, stages);
   __shared__ __align__(8) uint64_t full[STAGES];
   __shared__ __align__(8) uint64_t empty[STAGES];
+  __shared__ uint32_t offsets[MAX_EXPERTS + 1];
+  if (shape.offsets) {
+    for (int i = threadIdx.x; i <= shape.num_experts; i += blockDim.x) offsets[i] = __ldcg(shape.offsets + i);
+    shape.offsets = offsets;
+  }
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; stage++) {
       mbarrier_init(&full[stage], 1);
@@ -122,8 +149,6 @@ DEVICE void grouped_gemm(const TensorMap* weights, const TensorMap* x, const Gro
 #define GROUPED_GEMM(NAME, FORMAT, CONSUMERS, TOKENS, STAGES, EPILOGUE)                                           \
   KERNEL(WARP * (4 * CONSUMERS + 1), NAME)(const __grid_constant__ TensorMap weights,                             \
                                            const __grid_constant__ TensorMap x, GroupedShape shape, void* out) { \
-    wait_for_previous_kernel();                                                                                   \
-    let_next_kernel_start();                                                                                      \
     grouped_gemm<FORMAT, CONSUMERS, TOKENS, STAGES, EPILOGUE>(&weights, &x, shape, out);                          \
   }                                                                                                               \
   REGISTER_KERNEL(NAME)
