@@ -24,6 +24,8 @@ from launches import (
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 16
 NUM_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 8192)
+# Steps that are timed with each launch in its turn, too.
+IN_TURN_NUM_TOKENS = (1, 8, 32)
 
 
 def median_seconds(work, repetitions=20):
@@ -53,9 +55,9 @@ class ExpertLayer:
 
     def __init__(self, launch, gate_up, down, router, num_tokens):
         self.launch, self.gate_up_weights, self.down_weights = launch, gate_up, down
-        self.x = bf16(num_tokens, HIDDEN)
-        tables = launch.route(self.x, router)
-        _, self.weights, self.offsets, _, self.permutation, self.rows, _ = tables
+        self.x, self.router = bf16(num_tokens, HIDDEN), router
+        self.tables = launch.route(self.x, router)
+        _, self.weights, self.offsets, _, self.permutation, self.rows, _ = self.tables
         num_rows = num_tokens * TOP_K
         self.is_quantized = isinstance(gate_up, Quantized)
         if self.is_quantized:
@@ -71,6 +73,9 @@ class ExpertLayer:
         used = int((self.offsets[1:] > self.offsets[:-1]).sum())
         self.flops = 2 * num_rows * 3 * HIDDEN * FFN
         self.weight_bytes = used * 3 * HIDDEN * FFN * (1 if self.is_quantized else 2)
+
+    def route(self):
+        self.launch.route_into(self.x, self.router, self.tables)
 
     def gate_up(self, tile):
         self.launch.grouped("swiglu", self.gate_up_weights, self.permuted, self.act, self.offsets, FFN, tile)
@@ -101,13 +106,23 @@ class ExpertLayer:
 
 
 def captured(work):
-    """A graph of what `work` launches."""
+    """A graph of what `work` launches, each kernel in its turn."""
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
         work()
     return graph
+
+
+def captured_chain(kernels, work):
+    """A graph of what `work` launches, kernels of ours alone; each starts while the one before runs."""
+
+    def chain():
+        with kernels.dependent_launches():
+            work()
+
+    return captured(chain)
 
 
 def planned_attention(launch, num_seqs, num_tokens, position, split):
@@ -191,8 +206,12 @@ class Bench:
             self.report_share(
                 f"{name}, {case}", seconds, share * layer.weight_bytes, share * layer.flops, dense
             )
-        seconds = median_seconds(captured(lambda: layer.run(tile)).replay, repetitions)
-        self.report_share(f"expert layer, {case}", seconds, layer.weight_bytes, layer.flops, dense)
+        graphs = {"": captured_chain(self.kernels, lambda: layer.run(tile))}
+        if layer.x.shape[0] in IN_TURN_NUM_TOKENS:
+            graphs[", each launch in its turn"] = captured(lambda: layer.run(tile))
+        for how, graph in graphs.items():
+            seconds = median_seconds(graph.replay, repetitions)
+            self.report_share(f"expert layer, {case}{how}", seconds, layer.weight_bytes, layer.flops, dense)
 
     def time_dense(self):
         """The other products of a layer, whose weights stay in the L2 cache from one run to the next."""

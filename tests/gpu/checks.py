@@ -1,11 +1,14 @@
 """Whether each kernel is right: against PyTorch in float64 on fresh inputs, and to the bit where promised."""
 
+import copy
 import ctypes
 import math
 
 import torch
+from bench import ExpertLayer, captured_chain
 from launches import (
     EXPERTS,
+    FFN,
     HIDDEN,
     TILES,
     TOP_K,
@@ -62,6 +65,7 @@ class Checks:
             self.check_attention,
             self.check_grouped,
             self.check_e4m3,
+            self.check_dependent_launches,
         ):
             check()
             torch.cuda.synchronize()
@@ -138,6 +142,36 @@ class Checks:
                 self.expect_equal(f"grouped e4m3 f32, tile {tokens}: bits of tile 8", out, first)
             else:
                 print(f"note e4m3: mma.sync equals wgmma to the bit: {torch.equal(out, first)}")
+
+    def check_dependent_launches(self):
+        """Two inputs in turn through the same buffers of a layer: what is read too early is the other's."""
+        gate_up, down = bf16(EXPERTS, 2 * FFN, HIDDEN), bf16(EXPERTS, HIDDEN, FFN)
+        router = bf16(EXPERTS, HIDDEN)
+        for name, weights in (
+            ("bf16", (gate_up, down)),
+            ("e4m3", (Quantized.of(gate_up), Quantized.of(down))),
+        ):
+            for num_tokens, tile in ((1, 8), (8, 16), (32, 16), (300, 128)):
+                layer = ExpertLayer(self.launch, *weights, router, num_tokens)
+                other = copy.copy(layer)
+                other.x, other.out = bf16(num_tokens, HIDDEN), torch.zeros_like(layer.out)
+                layers = [layer, other]
+
+                def run(layers=layers, tile=tile):
+                    for layer in layers:
+                        layer.route()
+                        layer.run(tile)
+
+                run()
+                expected = torch.stack([layer.out for layer in layers])
+                graph, is_equal = captured_chain(self.kernels, run), True
+                for _ in range(20):
+                    for layer in layers:
+                        layer.out.zero_()
+                    graph.replay()
+                    is_equal &= torch.equal(torch.stack([layer.out for layer in layers]), expected)
+                what = f"dependent launches {name}, {num_tokens} tokens: bits of launches in turn"
+                self.expect(what, 0.0 if is_equal else math.inf, 0.0)
 
     def check_norms(self):
         x, delta, weight = (torch.randn(s, HIDDEN, device="cuda") for s in (5, 5, 1))

@@ -4,12 +4,15 @@ Whoever has a context can use it: with PyTorch's context and current stream, its
 memory.py has a context and arrays without PyTorch. It does not compile anything.
 """
 
+import contextlib
 import ctypes
 import glob
 import os
 
 CUDA = ctypes.CDLL("libcuda.so.1")
 MAX_DYNAMIC_SHARED = 8
+PREFERRED_CARVEOUT, ALL_SHARED = 9, 100
+PROGRAMMATIC_STREAM_SERIALIZATION = 6
 BF16 = 9
 SWIZZLE_NONE, SWIZZLE_128B = 0, 3
 L2_PROMOTION_256B = 3
@@ -19,6 +22,28 @@ class TensorMap(ctypes.Structure):
     """CUtensorMap, passed by value; it must lie on a multiple of 64 bytes, which `tensor_map` sees to."""
 
     _fields_ = [("opaque", ctypes.c_uint64 * 16)]
+
+
+class LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = [("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int * 16)]
+
+
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(LaunchAttribute)),
+        ("num_attributes", ctypes.c_uint),
+    ]
+
+
+DEPENDENT = LaunchAttribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, (1,))
 
 
 def check(status, what):
@@ -36,6 +61,8 @@ class Kernels:
 
     def __init__(self, folder, arch="sm_90a", stream=lambda: 0):
         self.modules, self.functions, self.stream = [], {}, stream
+        # Whether kernels may start while the one before runs, and whether the one before is ours.
+        self.overlaps, self.follows_kernel = False, False
         for path in sorted(glob.glob(os.path.join(folder, f"*.{arch}.cubin"))):
             with open(path, "rb") as file:
                 image = file.read()
@@ -51,8 +78,20 @@ class Kernels:
             )
             if not any(found):
                 raise KeyError(name)
+            # As the host program does: the next kernel starts only where this one has left it shared memory.
+            if name != "sample":
+                check(CUDA.cuFuncSetAttribute(function, PREFERRED_CARVEOUT, ALL_SHARED), name)
             self.functions[name] = function
         return self.functions[name]
+
+    @contextlib.contextmanager
+    def dependent_launches(self, overlaps=True):
+        """Within it, each launch but the first may start while the one before runs; none may be of others."""
+        self.overlaps, self.follows_kernel = overlaps, False
+        try:
+            yield
+        finally:
+            self.overlaps = False
 
     def launch(self, name, grid, threads, args, shared=0):
         """`args` are tensors, ctypes values, ints and floats."""
@@ -60,11 +99,13 @@ class Kernels:
         values = [argument(arg) for arg in args]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         check(CUDA.cuFuncSetAttribute(self.function(name), MAX_DYNAMIC_SHARED, shared), name)
-        stream = ctypes.c_void_p(self.stream())
-        status = CUDA.cuLaunchKernel(
-            self.function(name), *grid, threads, 1, 1, shared, stream, pointers, ctypes.c_void_p()
-        )
+        stream = self.stream()
+        num_attributes = int(self.overlaps and self.follows_kernel)
+        attributes = ctypes.pointer(DEPENDENT)
+        config = LaunchConfig(grid, (threads, 1, 1), shared, stream, attributes, num_attributes)
+        status = CUDA.cuLaunchKernelEx(ctypes.byref(config), self.function(name), pointers, ctypes.c_void_p())
         check(status, name)
+        self.follows_kernel = True
 
 
 def argument(arg):

@@ -276,11 +276,14 @@ class Launcher:
             int32([0] * tokens * TOP_K),
             int32([0]),
         ]
-        pointers = RoutingTables(*(table.data_ptr() for table in tables))
-        shape = RouteShape(tokens, experts, TOP_K, TOP_K, x.shape[1])
-        arguments = [x, router, pointers, shape, StepSteering()]
-        self.kernels.launch("route", max(tokens, 1), 256, arguments)
+        self.route_into(x, router, tables)
         return tables
+
+    def route_into(self, x, router, tables):
+        pointers = RoutingTables(*(table.data_ptr() for table in tables))
+        shape = RouteShape(x.shape[0], router.shape[0], TOP_K, TOP_K, x.shape[1])
+        arguments = [x, router, pointers, shape, StepSteering()]
+        self.kernels.launch("route", max(x.shape[0], 1), 256, arguments)
 
     def attend(self, q, cache, table, position, heads, kv_heads, head_dim, window, split):
         """Tokens q [n, heads · head_dim] of one sequence from `position` on."""
