@@ -56,6 +56,8 @@ struct Work {
   const emulator::Kernel* kernel = nullptr;
   // Of a dependent launch: what it does before it waits for the previous kernel.
   std::function<void(const emulator::Kernel& previous)> begin = nullptr;
+  // Where it was submitted: a launch depends on the one before it there, not on those of others.
+  const void* stream = nullptr;
 };
 
 struct Device {

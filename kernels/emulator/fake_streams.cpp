@@ -52,8 +52,10 @@ void drain() {
   while (!all.work.empty()) {
     Work work = std::move(all.work.front());
     all.work.pop_front();
-    bool is_followed = work.kernel != nullptr && !all.work.empty() && all.work.front().begin != nullptr;
-    if (is_followed) all.work.front().begin(*work.kernel);
+    if (work.kernel != nullptr && !all.work.empty()) {
+      Work& next = all.work.front();
+      if (next.begin != nullptr && next.stream == work.stream) next.begin(*work.kernel);
+    }
     work.run();
   }
 }
@@ -64,6 +66,7 @@ Result submit(void* handle, Work work) {
     stream.captured->work.push_back(std::move(work));
     return SUCCESS;
   }
+  work.stream = &stream;
   queue().work.push_back(std::move(work));
   if (device().options.asynchrony == emulator::Asynchrony::EARLY) drain();
   return SUCCESS;

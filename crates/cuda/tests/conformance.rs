@@ -151,8 +151,10 @@ fn a_recorded_step_does_what_its_launches_do() {
     let Some(info) = probe_or_skip() else { return };
     let (launched, none) = decode(&info, CudaOptions { graphs: false, ..CudaOptions::default() });
     let (recorded, num_replays) = decode(&info, CudaOptions::default());
+    let (in_turn, _) = decode(&info, CudaOptions { dependent_launches: false, ..CudaOptions::default() });
     assert_eq!(none, 0);
     // The first step of either shape is launched.
     assert_eq!(num_replays, u64::from(2 * STEPS_PER_SHAPE - 2));
     assert_eq!(recorded, launched);
+    assert_eq!(recorded, in_turn);
 }
