@@ -109,30 +109,23 @@ struct KvSource {
   int end_key;
 };
 
-// Starts copying keys (part 0) or values (part 1) `first_key..first_key + KEYS` to the first rows of a tile.
-template <int HEAD, int THREADS, int KEYS>
+// Starts copying keys (part 0) or values (part 1) from `first_key` on to the first rows of a tile, as many as there are
+// THREADS that do it: whole warps, in which every lane finds where one key lies and all learn it from it. Dividing by the
+// block size for every 16 bytes would cost more than all that is done with them.
+template <int HEAD, int THREADS>
 DEVICE void load_rows(bf16* tile, const KvSource& source, const KvShape& kv, int part, int first_key) {
   constexpr int CHUNKS = HEAD / CHUNK;
-  constexpr int ROWS = THREADS / CHUNKS;
-  constexpr int PASSES = (KEYS + ROWS - 1) / ROWS;
-  int chunk = threadIdx.x % CHUNKS, row = threadIdx.x % THREADS / CHUNKS;
-  int key = first_key + row, index = key / kv.block_size, offset = key % kv.block_size;
-  auto block_start = [&] {
-    uint32_t block = key < source.end_key ? source.block_table[index] : 0;
-    return source.cache + kv_row(kv, block, part, source.kv_head, 0) + chunk * CHUNK;
-  };
-  const bf16* block = block_start();
-#pragma unroll
-  for (int i = 0; i < PASSES; i++) {
-    if (KEYS % ROWS == 0 || row < KEYS) {
-      cp_async_16(tile_chunk<HEAD>(tile, row, chunk), block + offset * kv.head_stride, key < source.end_key);
-    }
-    row += ROWS, key += ROWS, offset += ROWS;
-    // Division is for those who leave a block: it would cost more than the rest.
-    if (i + 1 < PASSES && offset >= kv.block_size) {
-      index += offset / kv.block_size, offset %= kv.block_size;
-      block = block_start();
-    }
+  int lane = threadIdx.x % WARP, first_row = threadIdx.x % THREADS - lane, chunk = lane % CHUNKS;
+  int key = first_key + first_row + lane;
+  int block = key < source.end_key ? source.block_table[key / kv.block_size] : 0;
+  int cache_row = kv_row(kv, block, part, source.kv_head, key % kv.block_size);
+  // Of all at once the addresses would fill the registers.
+#pragma unroll 4
+  for (int i = 0; i < WARP; i += WARP / CHUNKS) {
+    int row = i + lane / CHUNKS;
+    const bf16* from = source.cache + static_cast<int64_t>(__shfl_sync(ALL_LANES, cache_row, row)) * HEAD;
+    row += first_row;
+    cp_async_16(tile_chunk<HEAD>(tile, row, chunk), from + chunk * CHUNK, first_key + row < source.end_key);
   }
 }
 
@@ -152,21 +145,19 @@ DEVICE QueryRow query_row(const AttentionItem& item, const KvShape& kv, int kv_h
 }
 
 // Writes a warp's queries to a tile in shared memory from row `first_row` on; rows that do not exist and features beyond
-// the head are zeros.
+// the head are zeros. Two lanes have a row each, and every other pair of its features.
 template <int HEAD>
 DEVICE void load_queries(bf16* queries, const bf16* q, const AttentionShape& shape, const AttentionItem& item,
                          int kv_head, int first_row) {
-  int lane = threadIdx.x % WARP;
+  int lane = threadIdx.x % WARP, row = first_row + lane / 2;
+  QueryRow query = query_row(item, shape.kv, kv_head, row);
+  const bf16* source = q + static_cast<int64_t>(query.token) * shape.q_stride + query.head * shape.kv.head_dim;
 #pragma unroll
-  for (int row = first_row; row < first_row + WARP_ROWS; row++) {
-    QueryRow query = query_row(item, shape.kv, kv_head, row);
-    const bf16* source = q + static_cast<int64_t>(query.token) * shape.q_stride + query.head * shape.kv.head_dim;
-#pragma unroll
-    for (int feature = 2 * lane; feature < HEAD; feature += 2 * WARP) {
-      bool exists = query.exists && feature < shape.kv.head_dim;
-      uint32_t pair = exists ? *reinterpret_cast<const uint32_t*>(source + feature) : 0;
-      *reinterpret_cast<uint32_t*>(tile_chunk<HEAD>(queries, row, feature / CHUNK) + feature % CHUNK) = pair;
-    }
+  for (int i = 0; i < HEAD / 4; i++) {
+    int feature = 4 * i + lane % 2 * 2;
+    bool exists = query.exists && feature < shape.kv.head_dim;
+    uint32_t pair = exists ? *reinterpret_cast<const uint32_t*>(source + feature) : 0;
+    *reinterpret_cast<uint32_t*>(tile_chunk<HEAD>(queries, row, feature / CHUNK) + feature % CHUNK) = pair;
   }
   __syncwarp();
 }
@@ -180,7 +171,7 @@ DEVICE void score_keys(float (*scores)[4], bf16* queries, int first_row, bf16* k
     for (int i = 0; i < 4; i++) scores[j][i] = 0.0f;
   }
   // Of a whole tile, addresses would fill the registers if this were unrolled, and accumulators spill.
-#pragma unroll(KEYS > 16 ? 1 : HEAD / 16)
+#pragma unroll(KEYS > 32 ? 1 : HEAD / 16)
   for (int step = 0; step < HEAD / 16; step++) {
     uint32_t a[4];
     load_left<HEAD>(a, queries, first_row, step);
@@ -273,14 +264,23 @@ struct Accumulator {
       const float(&pair)[4] = weights[row / 8 + part / 2];
       split_pair(pair[part % 2 * 2], pair[part % 2 * 2 + 1], high[part], low[part]);
     }
+    // Several tiles at a time, since the second product of a tile has to wait for the first.
+    constexpr int AT_ONCE = TILES < 8 ? TILES : 8;
 #pragma unroll
-    for (int n = 0; n < TILES; n += 2) {
-      uint32_t b[4];
-      ldmatrix_x4_trans(b, tile_chunk<HEAD>(values, row + lane % 16, n + lane / 16));
-      mma_m16n8k16(output[n], high, b[0], b[1]);
-      mma_m16n8k16(output[n], low, b[0], b[1]);
-      mma_m16n8k16(output[n + 1], high, b[2], b[3]);
-      mma_m16n8k16(output[n + 1], low, b[2], b[3]);
+    for (int first = 0; first < TILES; first += AT_ONCE) {
+      uint32_t b[AT_ONCE / 2][4];
+#pragma unroll
+      for (int n = 0; n < AT_ONCE; n += 2) {
+        ldmatrix_x4_trans(b[n / 2], tile_chunk<HEAD>(values, row + lane % 16, first + n + lane / 16));
+      }
+#pragma unroll
+      for (int part = 0; part < 2; part++) {
+#pragma unroll
+        for (int n = 0; n < AT_ONCE; n++) {
+          const uint32_t* column = &b[n / 2][n % 2 * 2];
+          mma_m16n8k16(output[first + n], part == 0 ? high : low, column[0], column[1]);
+        }
+      }
     }
   }
 
@@ -303,13 +303,13 @@ struct Accumulator {
     for (int h = 0; h < 2; h++) {
       if (!rows[h].exists) continue;
       bf16* row = out + static_cast<int64_t>(rows[h].token) * shape.out_stride + rows[h].head * shape.kv.head_dim;
+      float inverse = __frcp_rn(softmax[h].sum);
 #pragma unroll
       for (int n = 0; n < TILES; n++) {
         int feature = 8 * n + 2 * (lane % 4);
         if (feature >= shape.kv.head_dim) continue;
-        float sum = softmax[h].sum;
         *reinterpret_cast<uint32_t*>(row + feature) =
-            pack_bf16(__fdiv_rn(output[n][2 * h], sum), __fdiv_rn(output[n][2 * h + 1], sum));
+            pack_bf16(__fmul_rn(output[n][2 * h], inverse), __fmul_rn(output[n][2 * h + 1], inverse));
       }
     }
   }

@@ -1,14 +1,14 @@
 // Causal attention of items of no more than 16 query rows, as a single token of a sequence is: one warp each.
 //
-// This streams the cache. A tile of 64 keys and values lies in shared memory as a ring of pieces of 16 rows, and a piece
-// is filled for the next tile as soon as the one behind it is in use, so a warp has seven of eight in flight and waits
+// This streams the cache. A tile of 64 keys and values lies in shared memory as a ring of pieces of 32 rows, and a piece
+// is filled for the next tile as soon as the one behind it is in use, so a warp has three of four in flight and waits
 // for nobody. Six such warps on a multiprocessor ask for several times of what its memory answers, and have the
 // arithmetic of 192 instructions of the tensor cores per tile done long before.
 //
 // Every chunk is an item of its own where the host has room for partial results, so that a long context is many warps.
 #include "attention.cuh"
 
-constexpr int PIECE_KEYS = 16;
+constexpr int PIECE_KEYS = 32;
 constexpr int KEY_PIECES = TILE_KEYS / PIECE_KEYS;
 constexpr int PIECES = 2 * KEY_PIECES;
 
@@ -25,7 +25,7 @@ struct PieceRing {
   DEVICE void load(int first_key, int piece) const {
     constexpr int ELEMENTS = PIECE_KEYS * HEAD;
     if (first_key < source.end_key) {
-      load_rows<HEAD, WARP, PIECE_KEYS>(tile + piece * ELEMENTS, source, kv, piece / KEY_PIECES,
+      load_rows<HEAD, PIECE_KEYS>(tile + piece * ELEMENTS, source, kv, piece / KEY_PIECES,
                                         first_key + piece % KEY_PIECES * PIECE_KEYS);
     }
     cp_async_commit();
@@ -74,7 +74,10 @@ DEVICE void attend(const AttentionItem& item, const bf16* q, const bf16* cache, 
 #pragma unroll
     for (int piece = 0; piece < KEY_PIECES; piece++) {
       ring.wait(key, KEY_PIECES + piece);
-      chunk.add_values(scores, ring.values(), piece * PIECE_KEYS);
+#pragma unroll
+      for (int row = piece * PIECE_KEYS; row < (piece + 1) * PIECE_KEYS; row += 16) {
+        chunk.add_values(scores, ring.values(), row);
+      }
     }
     int next = key + TILE_KEYS;
     bool chunk_ends = next % CHUNK_KEYS == 0 || next >= end_key;

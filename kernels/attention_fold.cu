@@ -28,6 +28,6 @@ KERNEL(128, attention_fold)(const FoldItem* items, const Softmax* partial_softma
     output = fold_output(output, partial_output[row * shape.kv.head_stride + feature], factors);
   }
   bf16* row = out + static_cast<int64_t>(item.token) * shape.out_stride + head * shape.kv.head_dim;
-  row[feature] = to_bf16(__fdiv_rn(output, total.sum));
+  row[feature] = to_bf16(__fmul_rn(output, __frcp_rn(total.sum)));
 }
 REGISTER_KERNEL(attention_fold)

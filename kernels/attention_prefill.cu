@@ -15,8 +15,8 @@ DEVICE void attend(const AttentionItem& item, const bf16* q, const bf16* cache, 
   KvSource source = {cache, block_tables + item.block_table_start, kv_head, end_key};
   auto tile_at = [&](int key) { return shared + key / TILE_KEYS % 2 * 2 * TILE; };
   auto load = [&](int key) {
-    load_rows<HEAD, PREFILL_THREADS, TILE_KEYS>(tile_at(key), source, shape.kv, 0, key);
-    load_rows<HEAD, PREFILL_THREADS, TILE_KEYS>(tile_at(key) + TILE, source, shape.kv, 1, key);
+    int part = threadIdx.x / TILE_KEYS;
+    if (part < 2) load_rows<HEAD, TILE_KEYS>(tile_at(key) + part * TILE, source, shape.kv, part, key);
     cp_async_commit();
   };
   load(first_key);

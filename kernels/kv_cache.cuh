@@ -15,8 +15,7 @@ struct KvShape {
   int block_size;
 };
 
-// First element of a row of the cache; `part` is 0 for keys and 1 for values.
-DEVICE int64_t kv_row(const KvShape& shape, int block, int part, int kv_head, int offset) {
-  int64_t head = (static_cast<int64_t>(block) * 2 + part) * shape.num_kv_heads + kv_head;
-  return (head * shape.block_size + offset) * shape.head_stride;
+// A row of the cache, of which no memory holds 2^31; `part` is 0 for keys and 1 for values.
+DEVICE int kv_row(const KvShape& shape, int block, int part, int kv_head, int offset) {
+  return ((block * 2 + part) * shape.num_kv_heads + kv_head) * shape.block_size + offset;
 }

@@ -25,7 +25,8 @@ KERNEL(256, rope_store_kv)(const float* qkv, int qkv_stride, const float* cos_ta
     bf16* out = query_row + head * shape.head_dim;
     if (kv_head >= 0) {
       int part = kv_head / shape.num_kv_heads;
-      out = cache + kv_row(shape, block, part, kv_head % shape.num_kv_heads, offset);
+      int cache_row = kv_row(shape, block, part, kv_head % shape.num_kv_heads, offset);
+      out = cache + static_cast<int64_t>(cache_row) * shape.head_stride;
       if (part == 1) {
         out[pair] = to_bf16(first);
         out[pair + half] = to_bf16(second);

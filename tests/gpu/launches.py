@@ -122,13 +122,13 @@ class SampleRow(ctypes.Structure):
         ("first_edit", ctypes.c_int),
         ("num_edits", ctypes.c_int),
         ("num_top", ctypes.c_int),
-        ("padding", ctypes.c_int),
+        ("first_mask_word", ctypes.c_int),
     ]
 
     @classmethod
     def of(cls, temperature=0.0, uniform=0.0, top_k=0, top_p=1.0, num_top=-1):
         scale = math.log2(math.e) / temperature if temperature else 0.0
-        return cls(top_p, uniform, scale, top_k, 1, NO_TOKEN, 0, 0, num_top, 0)
+        return cls(top_p, uniform, scale, top_k, 1, NO_TOKEN, 0, 0, num_top, -1)
 
 
 class Sampling:

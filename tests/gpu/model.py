@@ -89,7 +89,7 @@ def compute_seconds(url):
 
 def bench_load(windrose, url, clients, prompt_len, output_len):
     """So many requests at once; with the share of the time that the device computed."""
-    load = ["--concurrency", clients, "--num-requests", clients]
+    load = ["--concurrency", clients, "--num-requests", clients, "--warmup", 0]
     load += ["--prompt-len", prompt_len, "--output-len", output_len]
     before = compute_seconds(url)
     command = [windrose, "bench", "serve", "--url", url, *map(str, load), "--json", "-"]
@@ -107,7 +107,7 @@ def bench_server(windrose, model, weights, tiny):
     """What a server takes to start, and gives one client, and as many as it takes at once."""
     loads = [(1, 16, 300), (32, 1000, 200), (256, 1000, 1000)] if not tiny else [(1, 8, 10), (4, 20, 10)]
     options = ["--model", model, "--dummy-weights", "--device", "cuda", "--weights", weights, "--port", "0"]
-    options += ["--max-model-len", "2048"]
+    options += ["--max-model-len", "4096"]
     begin = time.monotonic()
     server = subprocess.Popen([windrose, "serve", *options], stdout=subprocess.PIPE, text=True)
     try:
