@@ -319,6 +319,18 @@ mod tests {
     }
 
     #[test]
+    fn a_device_was_busy_for_as_long_as_its_own_clock_says() {
+        let runner = FakeRunner::new(limits()).with_device_time(Duration::from_millis(250));
+        let (handle, mut engine, now_ms) = engine(runner);
+        let _reader = submit(&handle, request(&[1, 2], 9)).unwrap();
+        for _ in 0..3 {
+            now_ms.fetch_add(1000, Relaxed);
+            engine.step().unwrap();
+        }
+        assert_eq!(handle.stats().computed_for, Duration::from_millis(750));
+    }
+
+    #[test]
     fn a_cache_that_is_too_large_to_count_is_refused_at_the_start() {
         let limits = RunnerLimits { block_size: 1 << 20, num_blocks: 1 << 20, ..limits() };
         let make = || Scheduler::new(limits, &EngineConfig::default(), Arc::new(SharedStats::default()));

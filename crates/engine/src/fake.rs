@@ -30,6 +30,7 @@ pub struct FakeRunner {
     eos: Option<(u32, f64)>,
     script: Vec<u32>,
     step_time: Duration,
+    device_seconds: Option<f64>,
     failure: Option<(u64, Failure)>,
 }
 
@@ -61,6 +62,7 @@ impl FakeRunner {
             eos: None,
             script: Vec::new(),
             step_time: Duration::ZERO,
+            device_seconds: None,
             failure: None,
         }
     }
@@ -84,6 +86,13 @@ impl FakeRunner {
     #[must_use]
     pub fn with_step_time(mut self, step_time: Duration) -> Self {
         self.step_time = step_time;
+        self
+    }
+
+    /// Gives the model a device with a clock, by which every step takes so long, whatever it takes here.
+    #[must_use]
+    pub fn with_device_time(mut self, step_time: Duration) -> Self {
+        self.device_seconds = Some(step_time.as_secs_f64());
         self
     }
 
@@ -234,7 +243,7 @@ impl ModelRunner for FakeRunner {
             None => self.sample(batch, rows),
         };
         let (expert_loads, choices) = (self.expert_loads(batch), self.choices(batch));
-        Ok(StepOutput { sampled, expert_loads, choices, device_seconds: None })
+        Ok(StepOutput { sampled, expert_loads, choices, device_seconds: self.device_seconds })
     }
 }
 
