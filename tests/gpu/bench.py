@@ -53,12 +53,12 @@ def tiles_for(num_tokens):
 class ExpertLayer:
     """Activations and weights of one Mixtral layer's experts, and the launches that multiply them."""
 
-    def __init__(self, launch, gate_up, down, router, num_tokens):
+    def __init__(self, launch, gate_up, down, router, x):
         self.launch, self.gate_up_weights, self.down_weights = launch, gate_up, down
-        self.x, self.router = bf16(num_tokens, HIDDEN), router
+        self.x, self.router = x, router
         self.tables = launch.route(self.x, router)
         _, self.weights, self.offsets, _, self.permutation, self.rows, _ = self.tables
-        num_rows = num_tokens * TOP_K
+        num_tokens, num_rows = len(x), len(x) * TOP_K
         self.is_quantized = isinstance(gate_up, Quantized)
         if self.is_quantized:
             self.permuted, self.quantized_act = (
@@ -184,20 +184,25 @@ class Bench:
         )
 
     def time_experts(self):
+        """In bf16 and in e4m3, with uneven routes last."""
         gate_up, down = bf16(EXPERTS, 2 * FFN, HIDDEN), bf16(EXPERTS, HIDDEN, FFN)
+        self.time_layers(gate_up, down, "", self.dense)
+        self.time_layers(Quantized.of(gate_up), Quantized.of(down), "e4m3, ", self.dense_e4m3)
+
+    def time_layers(self, gate_up, down, form, dense):
         router = bf16(EXPERTS, HIDDEN)
         for num_tokens in NUM_TOKENS:
-            layer = ExpertLayer(self.launch, gate_up, down, router, num_tokens)
-            self.report(f"gather, {num_tokens} tokens", median_seconds(layer.gather))
-            self.report(f"combine, {num_tokens} tokens", median_seconds(layer.combine))
+            layer = ExpertLayer(self.launch, gate_up, down, router, bf16(num_tokens, HIDDEN))
+            for name in ("gather", "combine", "quantize_act")[: 3 if form else 2]:
+                self.report(f"{name}, {form}{num_tokens} tokens", median_seconds(getattr(layer, name)))
             for tile in tiles_for(num_tokens):
-                self.time_layer(layer, f"{num_tokens} tokens, tile {tile}", tile, self.dense)
-        gate_up, down = Quantized.of(gate_up), Quantized.of(down)
-        for num_tokens in NUM_TOKENS:
-            layer = ExpertLayer(self.launch, gate_up, down, router, num_tokens)
-            self.report(f"quantize act, {num_tokens} tokens", median_seconds(layer.quantize_act))
-            for tile in tiles_for(num_tokens):
-                self.time_layer(layer, f"e4m3, {num_tokens} tokens, tile {tile}", tile, self.dense_e4m3)
+                self.time_layer(layer, f"{form}{num_tokens} tokens, tile {tile}", tile, dense)
+        # One expert gets half of the rows.
+        x = bf16(NUM_TOKENS[-1], HIDDEN)
+        x[:, 0], router[:, 0], router[0, 0] = 32, 0, 32
+        layer = ExpertLayer(self.launch, gate_up, down, router, x)
+        for tile in tiles_for(len(x)):
+            self.time_layer(layer, f"{form}{len(x)} tokens, skewed, tile {tile}", tile, dense)
 
     def time_layer(self, layer, case, tile, dense):
         repetitions = 8 if layer.x.shape[0] >= 1024 else 20

@@ -152,7 +152,7 @@ class Checks:
             ("e4m3", (Quantized.of(gate_up), Quantized.of(down))),
         ):
             for num_tokens, tile in ((1, 8), (8, 16), (32, 16), (300, 128)):
-                layer = ExpertLayer(self.launch, *weights, router, num_tokens)
+                layer = ExpertLayer(self.launch, *weights, router, bf16(num_tokens, HIDDEN))
                 other = copy.copy(layer)
                 other.x, other.out = bf16(num_tokens, HIDDEN), torch.zeros_like(layer.out)
                 layers = [layer, other]
