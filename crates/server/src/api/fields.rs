@@ -149,11 +149,11 @@ pub(crate) fn integer_at(path: &str, value: &Value, range: RangeInclusive<i64>) 
     }
 }
 
-/// The integer that a JSON number spells; one too long for 64 bits was read as a float, and saturates.
+/// The integer that a JSON number spells; one too long for 64 bits was read as a float, which may have been rounded
+/// onto the end of their range, and saturates beyond it.
 fn as_integer(number: &Number) -> Option<i128> {
-    let wide = |number: &Number| {
-        number.as_f64().filter(|float| float.abs() >= 2f64.powi(63)).map(|float| float as i128)
-    };
+    let beyond = |float: f64| (float as i128).saturating_add(float.signum() as i128);
+    let wide = |number: &Number| number.as_f64().filter(|float| float.abs() >= 2f64.powi(63)).map(beyond);
     number.as_i64().map(i128::from).or(number.as_u64().map(i128::from)).or_else(|| wide(number))
 }
 
@@ -264,6 +264,19 @@ mod tests {
         for other in ["1.5", "\"1\"", "true", "[1]", "{}"] {
             check(other, Err("invalid_type"));
         }
+    }
+
+    #[test]
+    fn an_integer_just_beyond_64_bits_is_not_the_last_of_them() {
+        let check = |json: &str, expected: Result<Option<i64>, &str>| {
+            let taken = fields(&format!("{{\"n\": {json}}}")).integer("n", i64::MIN..=i64::MAX);
+            assert_eq!(taken.map_err(|error| error.body.code.unwrap()), expected, "{json}");
+        };
+        check("-9223372036854775808", Ok(Some(i64::MIN)));
+        check("9223372036854775807", Ok(Some(i64::MAX)));
+        check("-9223372036854775809", Err("integer_below_min_value"));
+        check("9223372036854775808", Err("integer_above_max_value"));
+        check("18446744073709551616", Err("integer_above_max_value"));
     }
 
     #[test]
