@@ -82,6 +82,14 @@ struct e4m3 {
   uint8_t bits;
 };
 
+// Products of two pairs of bf16, rounded to nearest, ties to even; subnormal numbers count. fma.rn.bf16x2
+DEVICE uint32_t multiply_bf16(uint32_t a, uint32_t b) {
+  uint32_t products;
+  // With -0 added a zero keeps its sign.
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(products) : "r"(a), "r"(b), "r"(0x80008000u));
+  return products;
+}
+
 #if __CUDA_ARCH__ >= 890
 #define HAS_E4M3 1
 
@@ -132,6 +140,13 @@ DEVICE uint32_t transpose_8x8(uint32_t pair) {
 DEVICE void cp_async_16(void* shared, const void* global, bool valid = true) {
   int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+               : "memory");
+}
+
+// The same of 4 bytes. cp.async.ca
+DEVICE void cp_async_4(void* shared, const void* global, bool valid = true) {
+  int bytes = valid ? 4 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
                : "memory");
 }
 

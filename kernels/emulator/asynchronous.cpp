@@ -45,21 +45,26 @@ const char* unfinished_work(const Engines& engines) {
 // ---- cp.async --------------------------------------------------------------------------------------------------
 
 static void perform(const AsyncCopy& copy) {
-  note_write(copy.shared, 16);
+  note_write(copy.shared, copy.num_bytes);
   if (copy.valid) {
-    note_read(copy.global, 16);
-    memcpy(copy.shared, copy.global, 16);
+    note_read(copy.global, copy.num_bytes);
+    memcpy(copy.shared, copy.global, copy.num_bytes);
   } else {
-    memset(copy.shared, 0, 16);
+    memset(copy.shared, 0, copy.num_bytes);
   }
 }
 
-void issue_async_copy(void* shared, const void* global, bool valid) {
-  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) die("cp.async: shared address %p is not a multiple of 16", shared);
-  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) die("cp.async: global address %p is not a multiple of 16", global);
+void issue_async_copy(void* shared, const void* global, uint32_t num_bytes, bool valid) {
+  for (const void* address : {static_cast<const void*>(shared), global}) {
+    if (reinterpret_cast<uintptr_t>(address) % num_bytes != 0) {
+      die("cp.async: %s address %p is not a multiple of %u", address == shared ? "shared" : "global", address,
+          num_bytes);
+    }
+  }
   here().block->engines->used = true;
   AsyncCopies& copies = here().block->engines->copies[here().linear];
-  AsyncCopy copy{static_cast<char*>(shared), static_cast<const char*>(global), copies.num_committed, valid};
+  AsyncCopy copy{static_cast<char*>(shared), static_cast<const char*>(global), copies.num_committed, num_bytes,
+                 valid};
   if (here().block->early) {
     perform(copy);
   } else {

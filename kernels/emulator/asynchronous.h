@@ -41,6 +41,7 @@ struct AsyncCopy {
   char* shared;
   const char* global;
   uint32_t group;
+  uint32_t num_bytes;
   bool valid;
 };
 

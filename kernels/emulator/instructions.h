@@ -20,7 +20,7 @@ enum class Format : uint8_t { BF16, E4M3 };
 // m16n8k16 of bf16, m16n8k32 of e4m3.
 void multiply_m16n8(Format format, float* d, const uint32_t* a, uint32_t b0, uint32_t b1);
 
-void issue_async_copy(void* shared, const void* global, bool valid);
+void issue_async_copy(void* shared, const void* global, uint32_t num_bytes, bool valid);
 void commit_async_copies();
 void wait_async_copies(uint32_t max_in_flight);
 
@@ -75,6 +75,15 @@ inline uint32_t pack_bf16(float low, float high) {
   return to_bf16(low).bits | static_cast<uint32_t>(to_bf16(high).bits) << 16;
 }
 
+// A product of two bf16 is exact in double, and rounded once where f32 is not left for its subnormal numbers.
+inline uint32_t multiply_bf16(uint32_t a, uint32_t b) {
+  auto number = [](uint32_t pair, int shift) {
+    return static_cast<double>(emulator::bits_to_float(pair >> shift << 16));
+  };
+  auto product = [&](int shift) { return static_cast<float>(number(a, shift) * number(b, shift)); };
+  return pack_bf16(product(0), product(16));
+}
+
 struct e4m3 {
   uint8_t bits;
 };
@@ -108,7 +117,10 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { emulator::load_matr
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { emulator::load_matrices(r, row, 4, true); }
 
 inline void cp_async_16(void* shared, const void* global, bool valid = true) {
-  emulator::issue_async_copy(shared, global, valid);
+  emulator::issue_async_copy(shared, global, 16, valid);
+}
+inline void cp_async_4(void* shared, const void* global, bool valid = true) {
+  emulator::issue_async_copy(shared, global, 4, valid);
 }
 inline void cp_async_commit() { emulator::commit_async_copies(); }
 template <int N>

@@ -122,6 +122,12 @@ KERNEL(256, numbers)(const float* in, int count, uint32_t* packed, uint16_t* eig
 }
 REGISTER_KERNEL(numbers)
 
+KERNEL(256, bf16_products)(const uint32_t* a, const uint32_t* b, int count, uint32_t* products) {
+  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < count) products[i] = multiply_bf16(a[i], b[i]);
+}
+REGISTER_KERNEL(bf16_products)
+
 // ---- fragments -------------------------------------------------------------------------------------------------
 
 // The registers of ldmatrix and of its transposed form, for 32 rows of eight elements.
@@ -173,6 +179,24 @@ KERNEL(32, async_copies)(const uint4* in, uint4* out) {
   read(3);
 }
 REGISTER_KERNEL(async_copies)
+
+// Two groups of a copy of four bytes for each lane, turned by a lane and by two; every third is not valid.
+KERNEL(32, word_copies)(const uint32_t* in, uint32_t* out) {
+  __shared__ uint32_t slots[64];
+  for (int group = 0; group < 2; group++) {
+    int i = group * 32 + (threadIdx.x + 1 + group) % 32;
+    slots[i] = ~0u;
+    cp_async_4(&slots[i], &in[i], i % 3 != 0);
+    cp_async_commit();
+  }
+  cp_async_wait<1>();
+  __syncwarp();
+  out[threadIdx.x] = slots[threadIdx.x];
+  cp_async_wait<0>();
+  __syncwarp();
+  out[32 + threadIdx.x] = slots[32 + threadIdx.x];
+}
+REGISTER_KERNEL(word_copies)
 
 // ---- mma.sync --------------------------------------------------------------------------------------------------
 

@@ -276,6 +276,26 @@ static bool test_numbers(const Options& options) {
   return right;
 }
 
+static bool test_bf16_products(const Options& options) {
+  constexpr uint32_t COUNT = 4096;
+  Buffer<uint32_t> a(COUNT), b(COUNT), products(COUNT);
+  for (size_t i = 0; i < COUNT; i++) {
+    // No infinities; every fourth one is small, subnormal numbers among them, and multiplied with a power of two.
+    a[i] = next_random() & (i % 4 == 0 ? 0x87ff87ffu : 0xbfffbfffu);
+    b[i] = i % 4 == 0 ? 0x7b80fb80u : (next_random() & 0x83ff83ffu) | 0x3c003c00u;
+  }
+  launch("bf16_products", options, Shape{COUNT / 256, 256}, a.data(), b.data(), COUNT, products.data());
+  bool right = true;
+  for (size_t i = 0; i < COUNT; i++) {
+    for (int shift : {0, 16}) {
+      auto half = [&](uint32_t pair) { return emulator::bits_to_float(pair >> shift << 16); };
+      uint32_t wanted = emulator::float_to_bits(rounded_to_bf16(half(a[i]) * half(b[i])));
+      right = right && emulator::float_to_bits(half(products[i])) == wanted;
+    }
+  }
+  return right;
+}
+
 static bool test_matrices(const Options& options) {
   Buffer<uint16_t> rows(32 * 8);
   Buffer<uint32_t> out(32 * 8);
@@ -300,6 +320,15 @@ static bool test_async_copies(const Options& options) {
   launch("async_copies", options, Shape{1, 32}, in.data(), out.data());
   bool right = true;
   for (uint32_t i = 0; i < 4 * COPIES; i++) right = right && out[i] == (i / 4 % 3 != 0 ? in[i] : 0);
+  return right;
+}
+
+static bool test_word_copies(const Options& options) {
+  Buffer<uint32_t> in(64), out(64);
+  for (uint32_t i = 0; i < 64; i++) in[i] = next_random();
+  launch("word_copies", options, Shape{1, 32}, in.data(), out.data());
+  bool right = true;
+  for (uint32_t i = 0; i < 64; i++) right = right && out[i] == (i % 3 != 0 ? in[i] : 0);
   return right;
 }
 
@@ -481,8 +510,10 @@ static std::vector<Test> wrapper_tests() {
       {"unwritten_shared", false, test_unwritten_shared},
       {"coordinates", false, test_coordinates},
       {"numbers", false, test_numbers},
+      {"bf16_products", false, test_bf16_products},
       {"matrices", false, test_matrices},
       {"async_copies", false, test_async_copies},
+      {"word_copies", false, test_word_copies},
       {"mbarrier_phases", false, test_mbarrier_phases},
       {"register_budget", false, test_register_budget},
       {"copy_box", false, test_copy_box},

@@ -148,6 +148,16 @@ class Wrappers:
         self.expect_bits("pack_e4m3, the same", eighths)
         error = exp2_error(x, powers)
         self.expect_near("exp2_approx, the same, units in the last place", error.max(), 2.0)
+        # Random numbers, and what widens e4m3: all that it has, subnormal ones too, by 2^120.
+        a, b = (random_words(seed, 1 << 14).astype(np.uint32) & 0xBFFFBFFF for seed in (13, 14))
+        magnitudes = np.arange(128, dtype=np.uint32) << 4
+        widened = np.concatenate(
+            [magnitudes << 16 | 0x8000 | magnitudes, 0x80000000 | magnitudes << 16 | magnitudes]
+        )
+        a, b = np.concatenate([a, widened]), np.concatenate([b, np.full(256, 0x7B807B80, np.uint32)])
+        left, right, products = Array(a), Array(b), Array.filled(len(a), np.uint32)
+        self.kernels.launch("bf16_products", len(a) // 256, 256, [left, right, len(a), products])
+        self.expect_bits(f"multiply_bf16, {2 * len(a)} numbers", products.numpy())
 
     def check_matrices(self):
         source, out = Array(random_words(3, 64)), Array.filled((32, 8), np.uint32)
@@ -161,6 +171,9 @@ class Wrappers:
         source, out = Array(random_words(4, 512)), Array.filled(512, np.uint64)
         self.kernels.launch("async_copies", 1, 32, [source, out])
         self.expect_bits("cp_async_16, groups, copies that are not valid", out.numpy())
+        source, out = Array(random_words(15, 64).astype(np.uint32)), Array.filled(64, np.uint32)
+        self.kernels.launch("word_copies", 1, 32, [source, out])
+        self.expect_bits("cp_async_4, groups, copies that are not valid", out.numpy())
         a, b = BF16.integers(5, (100, 160)), BF16.integers(6, (56, 160))
         left, right, c = Array(a), Array(b), Array.filled((100, 56), np.float32)
         self.kernels.launch("mma_gemm_right", (2, 2), 128, [left, right, c, 100, 56, 160], 2 * 96 * 64)
