@@ -9,6 +9,12 @@
 // The weights of the softmax are multiplied as the sum of two bf16 numbers, which keeps 16 bits of each: the second
 // product costs nothing where memory is the limit.
 //
+// Keys and values of e4m3 become bf16 in registers, which has all their numbers; a key's scale is multiplied to its
+// scores, a value's to its weights. So nothing but what the cache keeps is rounded to eight bits. A word of shared
+// memory has four elements and a register of a fragment two, and `widen_e4m3` gives every second one: along k, where
+// queries lie in the same order, that does not matter; of values it gives a fragment of the even features and one of
+// the odd.
+//
 // Source: FlashAttention-2 (arXiv 2307.08691), GQA (2305.13245), paging (2309.06180).
 #pragma once
 #include "kv_cache.cuh"
@@ -100,9 +106,23 @@ DEVICE int end_key_of(const AttentionItem& item) {
   return min(item.end_chunk * CHUNK_KEYS, item.first_position + item.num_tokens);
 }
 
+// Bytes of a head's row, in units of bf16.
+template <class Element, int HEAD>
+constexpr int ROW_UNITS = HEAD * sizeof(Element) / sizeof(bf16);
+
+// Rows of keys or values in shared memory, in such units, and the scales of e4m3.
+template <class Element, int HEAD>
+struct KvTile {
+  bf16* rows;
+  float* scales;
+
+  DEVICE KvTile from(int row) const { return {rows + row * ROW_UNITS<Element, HEAD>, scales + row}; }
+};
+
 // The keys and values of one sequence and kv head.
+template <class Element>
 struct KvSource {
-  const bf16* cache;
+  KvCache<Element> cache;
   const uint32_t* block_table;
   int kv_head;
   // From this one on there are zeros.
@@ -112,20 +132,25 @@ struct KvSource {
 // Starts copying keys (part 0) or values (part 1) from `first_key` on to the first rows of a tile, as many as there are
 // THREADS that do it: whole warps, in which every lane finds where one key lies and all learn it from it. Dividing by the
 // block size for every 16 bytes would cost more than all that is done with them.
-template <int HEAD, int THREADS>
-DEVICE void load_rows(bf16* tile, const KvSource& source, const KvShape& kv, int part, int first_key) {
-  constexpr int CHUNKS = HEAD / CHUNK;
+template <int THREADS, class Element, int HEAD>
+DEVICE void load_rows(KvTile<Element, HEAD> tile, const KvSource<Element>& source, const KvShape& kv, int part,
+                      int first_key) {
+  constexpr int UNITS = ROW_UNITS<Element, HEAD>, CHUNKS = UNITS / CHUNK;
   int lane = threadIdx.x % WARP, first_row = threadIdx.x % THREADS - lane, chunk = lane % CHUNKS;
   int key = first_key + first_row + lane;
   int block = key < source.end_key ? source.block_table[key / kv.block_size] : 0;
   int cache_row = kv_row(kv, block, part, source.kv_head, key % kv.block_size);
+  if constexpr (IS_E4M3<Element>) {
+    cp_async_4(tile.scales + first_row + lane, source.cache.scales + cache_row, key < source.end_key);
+  }
+  const bf16* rows = reinterpret_cast<const bf16*>(source.cache.rows);
   // Of all at once the addresses would fill the registers.
 #pragma unroll 4
   for (int i = 0; i < WARP; i += WARP / CHUNKS) {
     int row = i + lane / CHUNKS;
-    const bf16* from = source.cache + static_cast<int64_t>(__shfl_sync(ALL_LANES, cache_row, row)) * HEAD;
+    const bf16* from = rows + static_cast<int64_t>(__shfl_sync(ALL_LANES, cache_row, row)) * UNITS;
     row += first_row;
-    cp_async_16(tile_chunk<HEAD>(tile, row, chunk), from + chunk * CHUNK, first_key + row < source.end_key);
+    cp_async_16(tile_chunk<UNITS>(tile.rows, row, chunk), from + chunk * CHUNK, first_key + row < source.end_key);
   }
 }
 
@@ -145,42 +170,95 @@ DEVICE QueryRow query_row(const AttentionItem& item, const KvShape& kv, int kv_h
 }
 
 // Writes a warp's queries to a tile in shared memory from row `first_row` on; rows that do not exist and features beyond
-// the head are zeros. Two lanes have a row each, and every other pair of its features.
-template <int HEAD>
+// the head are zeros. For keys of e4m3 the even ones of 16 features come before the odd ones. Two lanes have a row
+// each, and every other four of its features.
+template <class Element, int HEAD>
 DEVICE void load_queries(bf16* queries, const bf16* q, const AttentionShape& shape, const AttentionItem& item,
                          int kv_head, int first_row) {
   int lane = threadIdx.x % WARP, row = first_row + lane / 2;
   QueryRow query = query_row(item, shape.kv, kv_head, row);
   const bf16* source = q + static_cast<int64_t>(query.token) * shape.q_stride + query.head * shape.kv.head_dim;
-#pragma unroll
-  for (int i = 0; i < HEAD / 4; i++) {
-    int feature = 4 * i + lane % 2 * 2;
+  auto load = [&](int feature) {
     bool exists = query.exists && feature < shape.kv.head_dim;
-    uint32_t pair = exists ? *reinterpret_cast<const uint32_t*>(source + feature) : 0;
-    *reinterpret_cast<uint32_t*>(tile_chunk<HEAD>(queries, row, feature / CHUNK) + feature % CHUNK) = pair;
+    return exists ? *reinterpret_cast<const uint32_t*>(source + feature) : 0;
+  };
+  auto store = [&](int place, uint32_t pair) {
+    *reinterpret_cast<uint32_t*>(tile_chunk<HEAD>(queries, row, place / CHUNK) + place % CHUNK) = pair;
+  };
+#pragma unroll
+  for (int i = 0; i < HEAD / 8; i++) {
+    int feature = 8 * i + lane % 2 * 4;
+    uint32_t first = load(feature), second = load(feature + 2);
+    if constexpr (IS_E4M3<Element>) {
+      int place = feature / 16 * 16 + feature % 16 / 2;
+      store(place, __byte_perm(first, second, 0x5410));
+      store(place + 8, __byte_perm(first, second, 0x7632));
+    } else {
+      store(feature, first);
+      store(feature + 2, second);
+    }
   }
   __syncwarp();
 }
 
-// scores[16, KEYS] = queries · keysᵀ, from a row of either on; the scores of eight keys after those of the eight before.
-template <int HEAD, int KEYS>
-DEVICE void score_keys(float (*scores)[4], bf16* queries, int first_row, bf16* keys, int first_key) {
+// Four e4m3 as bf16, exactly: bytes 0 and 2 of a word, and bytes 1 and 3. With exponent and mantissa where bf16 has
+// them, a number is too small by the difference of the exponents' biases, 127 - 7, one that is subnormal too. NaN
+// becomes 480, and a row that has it has scale NaN.
+DEVICE void widen_e4m3(uint32_t word, uint32_t& even, uint32_t& odd) {
+  constexpr uint32_t SIGNS = 0x80008000, MAGNITUDES = 0x07f007f0, TWO_TO_120 = 0x7b807b80;
+  even = multiply_bf16((word << 8 & SIGNS) | (word << 4 & MAGNITUDES), TWO_TO_120);
+  odd = multiply_bf16((word & SIGNS) | (word >> 4 & MAGNITUDES), TWO_TO_120);
+}
+
+// The scales of the two columns that this lane has of eight.
+DEVICE float2 column_scales(const float* scales) {
+  return *reinterpret_cast<const float2*>(scales + threadIdx.x % WARP % 4 * 2);
+}
+
+// scores[16, KEYS] = queries · keysᵀ, queries from a row on; scores of eight keys after those of the eight before.
+template <int KEYS, class Element, int HEAD>
+DEVICE void score_keys(float (*scores)[4], bf16* queries, int first_row, KvTile<Element, HEAD> keys) {
+  int lane = threadIdx.x % WARP;
 #pragma unroll
   for (int j = 0; j < KEYS / 8; j++) {
 #pragma unroll
     for (int i = 0; i < 4; i++) scores[j][i] = 0.0f;
   }
-  // Of a whole tile, addresses would fill the registers if this were unrolled, and accumulators spill.
-#pragma unroll(KEYS > 32 ? 1 : HEAD / 16)
+  // Of a whole tile, addresses would fill the registers if this were unrolled, and accumulators spill; what widens e4m3
+  // would fill the instruction cache.
+#pragma unroll(KEYS > 32 ? 1 : IS_E4M3<Element> ? 2 : HEAD / 16)
   for (int step = 0; step < HEAD / 16; step++) {
     uint32_t a[4];
     load_left<HEAD>(a, queries, first_row, step);
+    if constexpr (IS_E4M3<Element>) {
+      // A chunk of 16 features of 32 keys; a word of it makes both registers of a fragment.
 #pragma unroll
-    for (int j = 0; j < KEYS / 8; j += 2) {
-      uint32_t b[4];
-      load_right_pair<HEAD>(b, keys, first_key + 8 * j, step);
-      mma_m16n8k16(scores[j], a, b[0], b[1]);
-      mma_m16n8k16(scores[j + 1], a, b[2], b[3]);
+      for (int j = 0; j < KEYS / 8; j += 4) {
+        uint32_t words[4];
+        ldmatrix_x4(words, tile_chunk<ROW_UNITS<Element, HEAD>>(keys.rows, 8 * j + lane, step));
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          uint32_t even, odd;
+          widen_e4m3(words[i], even, odd);
+          mma_m16n8k16(scores[j + i], a, even, odd);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < KEYS / 8; j += 2) {
+        uint32_t b[4];
+        load_right_pair<HEAD>(b, keys.rows, 8 * j, step);
+        mma_m16n8k16(scores[j], a, b[0], b[1]);
+        mma_m16n8k16(scores[j + 1], a, b[2], b[3]);
+      }
+    }
+  }
+  if constexpr (IS_E4M3<Element>) {
+#pragma unroll
+    for (int j = 0; j < KEYS / 8; j++) {
+      float2 scale = column_scales(keys.scales + 8 * j);
+#pragma unroll
+      for (int i = 0; i < 4; i++) scores[j][i] = __fmul_rn(scores[j][i], i % 2 == 0 ? scale.x : scale.y);
     }
   }
 }
@@ -208,8 +286,16 @@ DEVICE void split_pair(float a, float b, uint32_t& high, uint32_t& low) {
   low = pack_bf16(a - low_to_f32(high), b - high_to_f32(high));
 }
 
+// Two features of a row that lie side by side, the first one even.
+struct FeaturePair {
+  int feature;
+  float first;
+  float second;
+};
+
 // Everything a warp accumulates over its rows, as a fragment has them: this thread's rows are lane / 4 and 8 below it.
-template <int HEAD>
+// An `output` has eight features of bf16 values; of e4m3 the even ones of 16, and the next one the odd ones.
+template <class Element, int HEAD>
 struct Accumulator {
   static constexpr int TILES = HEAD / 8;
   Softmax softmax[2];
@@ -255,23 +341,53 @@ struct Accumulator {
     }
   }
 
+  // This thread's `n`-th pair of row `h`.
+  DEVICE FeaturePair features(int n, int h) const {
+    int column = 2 * (threadIdx.x % WARP % 4);
+    if constexpr (IS_E4M3<Element>) {
+      int even = n / 2 * 2, i = 2 * h + n % 2;
+      return {8 * even + 2 * column + n % 2 * 2, output[even][i], output[even + 1][i]};
+    } else {
+      return {8 * n + column, output[n][2 * h], output[n][2 * h + 1]};
+    }
+  }
+
   // output[16, HEAD] += weights[16, 16] · values[16, HEAD], of the 16 keys from `row` of a tile on.
-  DEVICE void add_values(const float (&weights)[TILE_KEYS / 8][4], bf16* values, int row) {
+  DEVICE void add_values(const float (&weights)[TILE_KEYS / 8][4], KvTile<Element, HEAD> values, int row) {
     int lane = threadIdx.x % WARP;
     uint32_t high[4], low[4];
 #pragma unroll
     for (int part = 0; part < 4; part++) {
       const float(&pair)[4] = weights[row / 8 + part / 2];
-      split_pair(pair[part % 2 * 2], pair[part % 2 * 2 + 1], high[part], low[part]);
+      float first = pair[part % 2 * 2], second = pair[part % 2 * 2 + 1];
+      if constexpr (IS_E4M3<Element>) {
+        float2 scale = column_scales(values.scales + row + part / 2 * 8);
+        first = __fmul_rn(first, scale.x), second = __fmul_rn(second, scale.y);
+      }
+      split_pair(first, second, high[part], low[part]);
     }
     // Several tiles at a time, since the second product of a tile has to wait for the first.
     constexpr int AT_ONCE = TILES < 8 ? TILES : 8;
 #pragma unroll
     for (int first = 0; first < TILES; first += AT_ONCE) {
       uint32_t b[AT_ONCE / 2][4];
+      if constexpr (IS_E4M3<Element>) {
 #pragma unroll
-      for (int n = 0; n < AT_ONCE; n += 2) {
-        ldmatrix_x4_trans(b[n / 2], tile_chunk<HEAD>(values, row + lane % 16, first + n + lane / 16));
+        for (int n = 0; n < AT_ONCE; n += 4) {
+          // Of the narrowest head there is one chunk of 16 features, and the other two matrices are not used.
+          int chunk = (first + n) / 2 + (HEAD == 16 ? 0 : lane / 16);
+          uint32_t words[4];
+          ldmatrix_x4_trans(words, tile_chunk<ROW_UNITS<Element, HEAD>>(values.rows, row + lane % 16, chunk));
+#pragma unroll
+          for (int i = 0; i < (HEAD == 16 ? 2 : 4); i++) {
+            widen_e4m3(words[i], b[n / 2 + i / 2][i % 2], b[n / 2 + i / 2][i % 2 + 2]);
+          }
+        }
+      } else {
+#pragma unroll
+        for (int n = 0; n < AT_ONCE; n += 2) {
+          ldmatrix_x4_trans(b[n / 2], tile_chunk<HEAD>(values.rows, row + lane % 16, first + n + lane / 16));
+        }
       }
 #pragma unroll
       for (int part = 0; part < 2; part++) {
@@ -298,7 +414,6 @@ struct Accumulator {
 
   // Writes the rows' features, of softmaxes over all that they see.
   DEVICE void write_result(const QueryRow (&rows)[2], const AttentionShape& shape, bf16* out) const {
-    int lane = threadIdx.x % WARP;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       if (!rows[h].exists) continue;
@@ -306,10 +421,10 @@ struct Accumulator {
       float inverse = __frcp_rn(softmax[h].sum);
 #pragma unroll
       for (int n = 0; n < TILES; n++) {
-        int feature = 8 * n + 2 * (lane % 4);
-        if (feature >= shape.kv.head_dim) continue;
-        *reinterpret_cast<uint32_t*>(row + feature) =
-            pack_bf16(__fmul_rn(output[n][2 * h], inverse), __fmul_rn(output[n][2 * h + 1], inverse));
+        FeaturePair pair = features(n, h);
+        if (pair.feature >= shape.kv.head_dim) continue;
+        *reinterpret_cast<uint32_t*>(row + pair.feature) =
+            pack_bf16(__fmul_rn(pair.first, inverse), __fmul_rn(pair.second, inverse));
       }
     }
   }
@@ -325,8 +440,9 @@ struct Accumulator {
       if (lane % 4 == 0) partial_softmax[row] = softmax[h];
 #pragma unroll
       for (int n = 0; n < TILES; n++) {
-        *reinterpret_cast<float2*>(partial_output + row * kv.head_stride + 8 * n + 2 * (lane % 4)) =
-            make_float2(output[n][2 * h], output[n][2 * h + 1]);
+        FeaturePair pair = features(n, h);
+        *reinterpret_cast<float2*>(partial_output + row * kv.head_stride + pair.feature) =
+            make_float2(pair.first, pair.second);
       }
     }
   }

@@ -13,20 +13,18 @@ constexpr int KEY_PIECES = TILE_KEYS / PIECE_KEYS;
 constexpr int PIECES = 2 * KEY_PIECES;
 
 // The ring of pieces; the first half of them holds keys, the second values.
-template <int HEAD>
+template <class Element, int HEAD>
 struct PieceRing {
-  bf16* tile;
-  KvSource source;
+  KvTile<Element, HEAD> tile;
+  KvSource<Element> source;
   const KvShape& kv;
 
-  DEVICE bf16* keys() const { return tile; }
-  DEVICE bf16* values() const { return tile + TILE_KEYS * HEAD; }
+  DEVICE KvTile<Element, HEAD> values() const { return tile.from(TILE_KEYS); }
 
   DEVICE void load(int first_key, int piece) const {
-    constexpr int ELEMENTS = PIECE_KEYS * HEAD;
     if (first_key < source.end_key) {
-      load_rows<HEAD, PIECE_KEYS>(tile + piece * ELEMENTS, source, kv, piece / KEY_PIECES,
-                                        first_key + piece % KEY_PIECES * PIECE_KEYS);
+      load_rows<PIECE_KEYS>(tile.from(piece * PIECE_KEYS), source, kv, piece / KEY_PIECES,
+                            first_key + piece % KEY_PIECES * PIECE_KEYS);
     }
     cp_async_commit();
   }
@@ -45,21 +43,25 @@ struct PieceRing {
   }
 };
 
-template <int HEAD>
-DEVICE void attend(const AttentionItem& item, const bf16* q, const bf16* cache, const uint32_t* block_tables,
-                   const AttentionShape& shape, bf16* out, Softmax* partial_softmax, float* partial_output) {
+template <int HEAD, class Element>
+DEVICE void attend(const AttentionItem& item, const bf16* q, const KvCache<Element>& cache,
+                   const uint32_t* block_tables, const AttentionShape& shape, bf16* out, Softmax* partial_softmax,
+                   float* partial_output) {
+  // The tile, the queries, and the scales of e4m3.
   DYNAMIC_SHARED(bf16, shared);
+  bf16* queries = shared + 2 * TILE_KEYS * ROW_UNITS<Element, HEAD>;
+  float* scales = reinterpret_cast<float*>(queries + WARP_ROWS * HEAD);
   int kv_head = blockIdx.y, lane = threadIdx.x % WARP;
   int end_key = end_key_of(item), first_key = first_key_of(item, shape.window);
-  PieceRing<HEAD> ring = {shared, {cache, block_tables + item.block_table_start, kv_head, end_key}, shape.kv};
+  KvSource<Element> source = {cache, block_tables + item.block_table_start, kv_head, end_key};
+  PieceRing<Element, HEAD> ring = {{shared, scales}, source, shape.kv};
   ring.start(first_key);
 
-  bf16* queries = shared + 2 * TILE_KEYS * HEAD;
-  load_queries<HEAD>(queries, q, shape, item, kv_head, 0);
+  load_queries<Element, HEAD>(queries, q, shape, item, kv_head, 0);
   QueryRow rows[2] = {query_row(item, shape.kv, kv_head, lane / 4), query_row(item, shape.kv, kv_head, lane / 4 + 8)};
   int positions[2] = {rows[0].position, rows[1].position};
 
-  Accumulator<HEAD> total, chunk;
+  Accumulator<Element, HEAD> total, chunk;
   total.clear();
   chunk.clear();
   for (int key = first_key; key < end_key; key += TILE_KEYS) {
@@ -67,7 +69,7 @@ DEVICE void attend(const AttentionItem& item, const bf16* q, const bf16* cache, 
 #pragma unroll
     for (int piece = 0; piece < KEY_PIECES; piece++) {
       ring.wait(key, piece);
-      score_keys<HEAD, PIECE_KEYS>(&scores[piece * PIECE_KEYS / 8], queries, 0, ring.keys(), piece * PIECE_KEYS);
+      score_keys<PIECE_KEYS>(&scores[piece * PIECE_KEYS / 8], queries, 0, ring.tile.from(piece * PIECE_KEYS));
     }
     mask_tile(scores, item, positions, key, shape.window);
     chunk.weigh(scores, shape.scale);
@@ -93,19 +95,24 @@ DEVICE void attend(const AttentionItem& item, const bf16* q, const bf16* cache, 
   }
 }
 
-#define ATTENTION_DECODE(HEAD)                                                                                       \
-  KERNEL(WARP, attention_decode_##HEAD)(const bf16* q, const bf16* cache, const uint32_t* block_tables,              \
-                                        const AttentionItem* items, AttentionShape shape, bf16* out,                 \
-                                        Softmax* partial_softmax, float* partial_output) {                           \
+#define ATTENTION_DECODE(NAME, ELEMENT, HEAD)                                                                        \
+  KERNEL(WARP, NAME)(const bf16* q, KvCache<ELEMENT> cache, const uint32_t* block_tables, const AttentionItem* items, \
+                     AttentionShape shape, bf16* out, Softmax* partial_softmax, float* partial_output) {             \
     wait_for_previous_kernel();                                                                                      \
     let_next_kernel_start();                                                                                         \
     const AttentionItem& item = items[blockIdx.x];                                                                   \
     if (item.num_tokens == 0) return;                                                                                \
     attend<HEAD>(item, q, cache, block_tables, shape, out, partial_softmax, partial_output);                         \
   }                                                                                                                  \
-  REGISTER_KERNEL(attention_decode_##HEAD)
+  REGISTER_KERNEL(NAME)
 
-ATTENTION_DECODE(16)
-ATTENTION_DECODE(32)
-ATTENTION_DECODE(64)
-ATTENTION_DECODE(128)
+ATTENTION_DECODE(attention_decode_16, bf16, 16)
+ATTENTION_DECODE(attention_decode_32, bf16, 32)
+ATTENTION_DECODE(attention_decode_64, bf16, 64)
+ATTENTION_DECODE(attention_decode_128, bf16, 128)
+#ifdef HAS_E4M3
+ATTENTION_DECODE(attention_decode_e4m3_16, e4m3, 16)
+ATTENTION_DECODE(attention_decode_e4m3_32, e4m3, 32)
+ATTENTION_DECODE(attention_decode_e4m3_64, e4m3, 64)
+ATTENTION_DECODE(attention_decode_e4m3_128, e4m3, 128)
+#endif

@@ -4,31 +4,34 @@
 #include "attention.cuh"
 
 constexpr int PREFILL_THREADS = 4 * WARP;
+constexpr int PREFILL_ROWS = 4 * WARP_ROWS;
 
-template <int HEAD>
-DEVICE void attend(const AttentionItem& item, const bf16* q, const bf16* cache, const uint32_t* block_tables,
-                   const AttentionShape& shape, bf16* out, Softmax* partial_softmax, float* partial_output) {
-  constexpr int TILE = TILE_KEYS * HEAD;
+template <int HEAD, class Element>
+DEVICE void attend(const AttentionItem& item, const bf16* q, const KvCache<Element>& cache,
+                   const uint32_t* block_tables, const AttentionShape& shape, bf16* out, Softmax* partial_softmax,
+                   float* partial_output) {
+  // Two tiles of keys and values, the queries, and the scales of e4m3.
   DYNAMIC_SHARED(bf16, shared);
+  bf16* queries = shared + 4 * TILE_KEYS * ROW_UNITS<Element, HEAD>;
+  KvTile<Element, HEAD> tiles = {shared, reinterpret_cast<float*>(queries + PREFILL_ROWS * HEAD)};
   int kv_head = blockIdx.y, lane = threadIdx.x % WARP, first_row = WARP_ROWS * (threadIdx.x / WARP);
   int end_key = end_key_of(item), first_key = first_key_of(item, shape.window);
-  KvSource source = {cache, block_tables + item.block_table_start, kv_head, end_key};
-  auto tile_at = [&](int key) { return shared + key / TILE_KEYS % 2 * 2 * TILE; };
+  KvSource<Element> source = {cache, block_tables + item.block_table_start, kv_head, end_key};
+  auto tile_at = [&](int key) { return tiles.from(key / TILE_KEYS % 2 * 2 * TILE_KEYS); };
   auto load = [&](int key) {
     int part = threadIdx.x / TILE_KEYS;
-    if (part < 2) load_rows<HEAD, TILE_KEYS>(tile_at(key) + part * TILE, source, shape.kv, part, key);
+    if (part < 2) load_rows<TILE_KEYS>(tile_at(key).from(part * TILE_KEYS), source, shape.kv, part, key);
     cp_async_commit();
   };
   load(first_key);
 
-  bf16* queries = shared + 4 * TILE;
-  load_queries<HEAD>(queries, q, shape, item, kv_head, first_row);
+  load_queries<Element, HEAD>(queries, q, shape, item, kv_head, first_row);
   auto row_of = [&](int h) { return query_row(item, shape.kv, kv_head, first_row + lane / 4 + 8 * h); };
   int positions[2] = {row_of(0).position, row_of(1).position};
   // A warp without rows copies and waits with the others.
   bool has_rows = query_row(item, shape.kv, kv_head, first_row).exists;
 
-  Accumulator<HEAD> total, chunk;
+  Accumulator<Element, HEAD> total, chunk;
   total.clear();
   chunk.clear();
   for (int key = first_key; key < end_key; key += TILE_KEYS) {
@@ -41,13 +44,13 @@ DEVICE void attend(const AttentionItem& item, const bf16* q, const bf16* cache, 
     }
     __syncthreads();
     if (has_rows) {
-      bf16* keys = tile_at(key);
+      KvTile<Element, HEAD> keys = tile_at(key), values = keys.from(TILE_KEYS);
       float scores[TILE_KEYS / 8][4];
-      score_keys<HEAD, TILE_KEYS>(scores, queries, first_row, keys, 0);
+      score_keys<TILE_KEYS>(scores, queries, first_row, keys);
       mask_tile(scores, item, positions, key, shape.window);
       chunk.weigh(scores, shape.scale);
 #pragma unroll
-      for (int row = 0; row < TILE_KEYS; row += 16) chunk.add_values(scores, keys + TILE, row);
+      for (int row = 0; row < TILE_KEYS; row += 16) chunk.add_values(scores, values, row);
       bool chunk_ends = next % CHUNK_KEYS == 0 || next >= end_key;
       if (chunk_ends && item.first_partial == NO_PARTIAL) {
         total.fold(chunk, shape.scale);
@@ -64,19 +67,25 @@ DEVICE void attend(const AttentionItem& item, const bf16* q, const bf16* cache, 
   }
 }
 
-#define ATTENTION_PREFILL(HEAD)                                                                                      \
-  KERNEL(PREFILL_THREADS, attention_prefill_##HEAD)(const bf16* q, const bf16* cache, const uint32_t* block_tables,  \
-                                                    const AttentionItem* items, AttentionShape shape, bf16* out,     \
-                                                    Softmax* partial_softmax, float* partial_output) {               \
+#define ATTENTION_PREFILL(NAME, ELEMENT, HEAD)                                                                       \
+  KERNEL(PREFILL_THREADS, NAME)(const bf16* q, KvCache<ELEMENT> cache, const uint32_t* block_tables,                 \
+                                const AttentionItem* items, AttentionShape shape, bf16* out,                         \
+                                Softmax* partial_softmax, float* partial_output) {                                   \
     wait_for_previous_kernel();                                                                                      \
     let_next_kernel_start();                                                                                         \
     const AttentionItem& item = items[blockIdx.x];                                                                   \
     if (item.num_tokens == 0) return;                                                                                \
     attend<HEAD>(item, q, cache, block_tables, shape, out, partial_softmax, partial_output);                         \
   }                                                                                                                  \
-  REGISTER_KERNEL(attention_prefill_##HEAD)
+  REGISTER_KERNEL(NAME)
 
-ATTENTION_PREFILL(16)
-ATTENTION_PREFILL(32)
-ATTENTION_PREFILL(64)
-ATTENTION_PREFILL(128)
+ATTENTION_PREFILL(attention_prefill_16, bf16, 16)
+ATTENTION_PREFILL(attention_prefill_32, bf16, 32)
+ATTENTION_PREFILL(attention_prefill_64, bf16, 64)
+ATTENTION_PREFILL(attention_prefill_128, bf16, 128)
+#ifdef HAS_E4M3
+ATTENTION_PREFILL(attention_prefill_e4m3_16, e4m3, 16)
+ATTENTION_PREFILL(attention_prefill_e4m3_32, e4m3, 32)
+ATTENTION_PREFILL(attention_prefill_e4m3_64, e4m3, 64)
+ATTENTION_PREFILL(attention_prefill_e4m3_128, e4m3, 128)
+#endif

@@ -18,6 +18,7 @@ import sys
 import time
 
 TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120"]
+E4M3_TARGETS = TARGETS[2:]
 OPTIONS = ["--std=c++17", "--ptxas-options=-v", "--ptxas-options=--warn-on-spills"]
 SUSPICIOUS = re.compile(r"spill|Performance Loss|C75\d\d|warning|ignored", re.IGNORECASE)
 # Instructions that machine code must contain: (pattern of the kernel's name, targets, names).
@@ -27,6 +28,8 @@ EXPECTED_SASS = [
     (r"mma_(f32|bf16|swiglu)_\d+", TARGETS, ["HMMA", "LDSM", "LDGSTS"]),
     (r"mma_e4m3_\w+", ["sm_89"], ["QMMA", "LDSM", "LDGSTS"]),
     (r"attention_(prefill|decode)_\d+", TARGETS, ["HMMA", "LDSM", "LDGSTS"]),
+    (r"attention_(prefill|decode)_e4m3_\d+", E4M3_TARGETS, ["HMMA", "LDSM", "LDGSTS", "BF16_V2"]),
+    (r"rope_store_kv_e4m3", E4M3_TARGETS, ["F2FP"]),
     (r"wgmma_gemm_\d+", ["sm_90a"], ["HGMMA", "UTMALDG"]),
     (r"wgmma_gemm_e4m3_\d+", ["sm_90a"], ["QGMMA", "UTMALDG"]),
     (r"register_budget", ["sm_90a"], ["USETMAXREG"]),

@@ -1,11 +1,23 @@
 // Where the paged cache keeps a token's keys and values.
 //
-//   cache    [block][key | value][kv head][offset in block][head_stride]   bf16
+//   rows     [block][key | value][kv head][offset in block][head_stride]   bf16 or e4m3
+//   scales   [block][key | value][kv head][offset in block]                f32, what a row of e4m3 is multiplied with
 //   slot     block · block_size + offset
 //
-// A head's rows are padded with zeros to `head_stride`, the width that the attention kernel is compiled for.
+// A head's rows are padded with zeros to `head_stride`, the width that the attention kernel is compiled for. A row of
+// e4m3 that cannot be said so, for there was an infinity or NaN in it, has scale NaN, whatever its elements are.
 #pragma once
 #include "device.cuh"
+
+template <class Element>
+struct KvCache {
+  Element* rows;
+  // Null for bf16.
+  float* scales;
+};
+
+template <class Element>
+constexpr bool IS_E4M3 = sizeof(Element) == sizeof(e4m3);
 
 struct KvShape {
   int num_heads;

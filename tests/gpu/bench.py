@@ -125,11 +125,12 @@ def captured_chain(kernels, work):
     return captured(chain)
 
 
-def planned_attention(launch, num_seqs, num_tokens, position, split):
+def planned_attention(launch, num_seqs, num_tokens, position, split, quantized=False):
     """Sequences of one length, blocks scattered over the cache; a short one stays in the L2 between runs."""
     table_len = -(-(position + num_tokens) // BLOCK_SIZE)
     num_blocks = num_seqs * table_len
     cache = torch.randn(num_blocks, 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM, device="cuda").bfloat16()
+    cache = Quantized.of(cache) if quantized else cache
     table = torch.randperm(num_blocks, device="cuda").int()
     sequences = [(index * table_len, num_tokens, position) for index in range(num_seqs)]
     plan = AttentionPlan(sequences, HEADS, KV_HEADS, split)
@@ -244,19 +245,26 @@ class Bench:
                 seconds = median_seconds(captured(sampling.run).replay)
                 self.report(f"sampling {num_rows} rows, {name}", seconds)
 
+    def report_attention(self, name, attention, kv_bytes):
+        seconds = median_seconds(captured(attention.run).replay)
+        self.report(name, seconds, of_read=kv_bytes / seconds / self.read_bandwidth)
+
     def time_attention(self):
         """Single tokens of many sequences, in chunks and whole, and one prompt."""
         for num_seqs, context in ((1, 1024), (32, 1024), (128, 1024), (1, 8192), (32, 8192), (1, 32768)):
             for split in (True, False):
                 attention = planned_attention(self.launch, num_seqs, 1, context - 1, split)
-                kv_bytes = num_seqs * context * 2 * KV_HEADS * HEAD_DIM * 2
-                seconds = median_seconds(captured(attention.run).replay)
+                kv_rows = num_seqs * context * 2 * KV_HEADS
                 name = f"attention, {num_seqs} x {context} keys, {'split' if split else 'whole'}"
-                self.report(name, seconds, of_read=kv_bytes / seconds / self.read_bandwidth)
-        attention = planned_attention(self.launch, 1, 8192, 0, False)
-        seconds = median_seconds(attention.run)
+                self.report_attention(name, attention, kv_rows * HEAD_DIM * 2)
+                if split:
+                    attention = planned_attention(self.launch, num_seqs, 1, context - 1, split, True)
+                    self.report_attention(f"e4m3 {name}", attention, kv_rows * (HEAD_DIM + 4))
         flops = 4 * HEADS * HEAD_DIM * 8192 * 8193 / 2
-        self.report("attention, prompt of 8192", seconds, TFLOPs=flops / seconds / 1e12)
+        for name, quantized in (("attention", False), ("e4m3 attention", True)):
+            attention = planned_attention(self.launch, 1, 8192, 0, False, quantized)
+            seconds = median_seconds(attention.run)
+            self.report(f"{name}, prompt of 8192", seconds, TFLOPs=flops / seconds / 1e12)
         q, k, v = (
             torch.randn(1, h, 8192, HEAD_DIM, device="cuda").bfloat16() for h in (HEADS, KV_HEADS, KV_HEADS)
         )

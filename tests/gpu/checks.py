@@ -12,6 +12,7 @@ from launches import (
     HIDDEN,
     TILES,
     TOP_K,
+    KvCache,
     KvShape,
     Launcher,
     NormShape,
@@ -272,7 +273,7 @@ class Checks:
         cache = torch.zeros(5, 2, kv_heads, block_size, head_dim, device="cuda", dtype=torch.bfloat16)
         shape = KvShape(heads, kv_heads, head_dim, head_dim, block_size)
         tables = [angles.cos(), angles.sin()]
-        args = [qkv, width, *tables, positions, slots, queries, heads * head_dim, cache, shape]
+        args = [qkv, width, *tables, positions, slots, queries, heads * head_dim, KvCache.of(cache), shape]
         self.kernels.launch("rope_store_kv", tokens, 256, args)
         q, k, v = qkv.view(tokens, -1, head_dim).double().split([heads, kv_heads, kv_heads], 1)
         cos, sin = (table[positions.long()].double()[:, None] for table in tables)
@@ -287,6 +288,24 @@ class Checks:
         self.expect("rope_store_kv: keys", error(stored[:, 0], turned(k)), 4e-3)
         self.expect_equal("rope_store_kv: values", stored[:, 1], v.to(torch.bfloat16))
         self.expect_equal("rope_store_kv: other slots", cache.count_nonzero(), stored.count_nonzero())
+
+        quantized = Quantized(
+            torch.zeros_like(cache).to(torch.float8_e4m3fn), torch.zeros(cache.shape[:-1]).cuda()
+        )
+        e4m3_queries = torch.zeros_like(queries)
+        args[6], args[8] = e4m3_queries, KvCache.of(quantized)
+        self.kernels.launch("rope_store_kv_e4m3", tokens, 256, args)
+        self.expect_equal("rope_store_kv_e4m3: queries", e4m3_queries, queries)
+        # A row is off by 2.6% on average, and its largest element by nothing but the scale's rounding.
+        wide = quantized.double()
+        block, offset = slots.long() // block_size, slots.long() % block_size
+        stored, scales = wide[block, :, :, offset], quantized.scales[block, :, :, offset]
+        for part, what, x in ((0, "keys", turned(k)), (1, "values", v)):
+            self.expect(f"rope_store_kv_e4m3: {what}", error(stored[:, part], x), 0.03)
+            self.expect(
+                f"rope_store_kv_e4m3: scales of {what}", error(scales[:, part], x.abs().amax(-1) / 448), 1e-6
+            )
+        self.expect_equal("rope_store_kv_e4m3: other slots", wide.count_nonzero(), stored.count_nonzero())
 
     def check_attention(self):
         for heads, kv_heads, head_dim, window, length in [
@@ -305,23 +324,33 @@ class Checks:
             cache[block, 0, :, offset, :head_dim] = keys
             cache[block, 1, :, offset, :head_dim] = values
             q = bf16(length, heads * head_dim)
-            args = (heads, kv_heads, head_dim, window)
-            whole = self.launch.attend(q, cache, table, 0, *args, False)
-            group = heads // kv_heads
-            queries = q.view(length, heads, head_dim).double()
-            scores = torch.einsum("qhd,khd->hqk", queries, keys.repeat_interleave(group, 1).double())
-            scores /= math.sqrt(head_dim)
-            distance = at[:, None] - at[None]
-            mask = ((distance < 0) | (distance >= window)).cuda()
-            weights = scores.masked_fill(mask, -math.inf).softmax(-1)
-            expected = torch.einsum("hqk,khd->qhd", weights, values.repeat_interleave(group, 1).double())
+            args = (table, (heads, kv_heads, head_dim, window))
             name = f"attention {heads}/{kv_heads} x {head_dim}, {length} tokens"
-            self.expect(name, error(whole, expected.reshape(length, -1)), 4e-3)
-            self.expect_equal(f"{name}: split", self.launch.attend(q, cache, table, 0, *args, True), whole)
-            for split in (True, False):
-                last = self.launch.attend(q[-1:].contiguous(), cache, table, length - 1, *args, split)
-                way = "split" if split else "whole"
-                self.expect_equal(f"{name}: last token alone, {way}", last, whole[-1:])
-            cut = length - 70
-            chunked = self.launch.attend(q[cut:].contiguous(), cache, table, cut, *args, False)
-            self.expect_equal(f"{name}: last 70 tokens", chunked, whole[cut:])
+            self.check_attention_over(name, q, cache, cache.double()[block, :, :, offset], *args)
+            quantized = Quantized.of(cache)
+            # What was not written has scale 0.
+            quantized.rows.view(torch.uint8)[quantized.scales == 0] = 0
+            wide = quantized.double()[block, :, :, offset]
+            self.check_attention_over(f"{name}, e4m3", q, quantized, wide, *args)
+
+    def check_attention_over(self, name, q, cache, wide, table, args):
+        """`wide` [tokens, 2, kv heads, stride] is what the cache holds."""
+        heads, kv_heads, head_dim, window = args
+        length, group, at = len(q), heads // kv_heads, torch.arange(len(q))
+        keys, values = wide[..., :head_dim].repeat_interleave(group, 2).unbind(1)
+        whole = self.launch.attend(q, cache, table, 0, *args, False)
+        queries = q.view(length, heads, head_dim).double()
+        scores = torch.einsum("qhd,khd->hqk", queries, keys) / math.sqrt(head_dim)
+        distance = at[:, None] - at[None]
+        mask = ((distance < 0) | (distance >= window)).cuda()
+        weights = scores.masked_fill(mask, -math.inf).softmax(-1)
+        expected = torch.einsum("hqk,khd->qhd", weights, values)
+        self.expect(name, error(whole, expected.reshape(length, -1)), 4e-3)
+        self.expect_equal(f"{name}: split", self.launch.attend(q, cache, table, 0, *args, True), whole)
+        for split in (True, False):
+            last = self.launch.attend(q[-1:].contiguous(), cache, table, length - 1, *args, split)
+            way = "split" if split else "whole"
+            self.expect_equal(f"{name}: last token alone, {way}", last, whole[-1:])
+        cut = length - 70
+        chunked = self.launch.attend(q[cut:].contiguous(), cache, table, cut, *args, False)
+        self.expect_equal(f"{name}: last 70 tokens", chunked, whole[cut:])

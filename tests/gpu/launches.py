@@ -65,6 +65,17 @@ class KvShape(ctypes.Structure):
     ]
 
 
+class KvCache(ctypes.Structure):
+    _fields_ = [("rows", ctypes.c_void_p), ("scales", ctypes.c_void_p)]
+
+    @classmethod
+    def of(cls, cache):
+        """A cache [blocks, 2, kv heads, block size, stride] in bf16, or Quantized."""
+        if isinstance(cache, Quantized):
+            return cls(cache.rows.data_ptr(), cache.scales.data_ptr())
+        return cls(cache.data_ptr(), None)
+
+
 class AttentionShape(ctypes.Structure):
     _fields_ = [
         ("kv", KvShape),
@@ -200,10 +211,11 @@ class Attention:
     def __init__(self, launch, q, cache, table, plan, heads, kv_heads, head_dim, window):
         self.kernels, self.heads, self.kv_heads = launch.kernels, heads, kv_heads
         block_size, self.stride = cache.shape[3:]
+        self.cache, self.is_quantized = cache, isinstance(cache, Quantized)
         kv = KvShape(heads, kv_heads, head_dim, self.stride, block_size)
         scale = math.log2(math.e) / math.sqrt(head_dim)
         self.shape = AttentionShape(kv, q.shape[1], q.shape[1], window, scale)
-        self.inputs = [q, cache, table]
+        self.inputs = [q, KvCache.of(cache), table]
         self.decode_items, self.prefill_items = int32(plan.decode_items), int32(plan.prefill_items)
         self.folds = int32(plan.folds)
         self.out = torch.zeros_like(q)
@@ -212,15 +224,16 @@ class Attention:
         self.output = torch.full((partials, self.stride), math.nan, device="cuda")
 
     def run(self):
-        for name, items, threads, rows in (
-            ("decode", self.decode_items, 32, 2 * 64 + DECODE_ROWS),
-            ("prefill", self.prefill_items, 128, 4 * 64 + PREFILL_ROWS),
+        suffix, row_bytes = ("_e4m3", self.stride + 4) if self.is_quantized else ("", self.stride * 2)
+        for name, items, threads, kv_rows, q_rows in (
+            ("decode", self.decode_items, 32, 2 * 64, DECODE_ROWS),
+            ("prefill", self.prefill_items, 128, 4 * 64, PREFILL_ROWS),
         ):
             if len(items):
                 grid = (len(items), self.kv_heads)
                 args = [*self.inputs, items, self.shape, self.out, self.softmax, self.output]
-                kernel = f"attention_{name}_{self.stride}"
-                self.kernels.launch(kernel, grid, threads, args, rows * self.stride * 2)
+                kernel, shared = f"attention_{name}{suffix}_{self.stride}", kv_rows * row_bytes
+                self.kernels.launch(kernel, grid, threads, args, shared + q_rows * self.stride * 2)
         if len(self.folds):
             args = [self.folds, self.softmax, self.output, self.shape, self.out]
             self.kernels.launch("attention_fold", (len(self.folds), self.heads), 128, args)

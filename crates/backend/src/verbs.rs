@@ -159,7 +159,8 @@ pub trait Backend: Send + 'static {
     /// Uploads the angles.
     fn rope(&mut self, table: &RopeTable) -> Result<Self::Rope, BackendError>;
 
-    /// Allocates one layer's cache of `num_blocks` blocks of `block_size` tokens, keys and values in bf16.
+    /// Allocates one layer's cache of `num_blocks` blocks of `block_size` tokens, keys and values in bf16 unless the
+    /// backend was told to quantise them.
     fn kv_cache(
         &mut self,
         shape: AttentionShape,

@@ -5,6 +5,7 @@
 use std::ffi::c_void;
 
 use crate::probe::Capability;
+use crate::tensor::KvFormat;
 
 /// One width of the grouped product: tokens of a tile, and what its launch must know.
 #[derive(Debug)]
@@ -89,39 +90,65 @@ pub(crate) struct AttentionKernel {
     pub(crate) shared_bytes: u32,
 }
 
-/// The kernels of attention for one width of a head.
+/// The kernels of attention for one width of a head and one format of the cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct AttentionKernels {
     pub(crate) head_stride: usize,
+    pub(crate) rope_store_kv: &'static str,
     /// For items of at most [`DECODE_ROWS`](crate::attention::DECODE_ROWS) query rows.
     pub(crate) decode: AttentionKernel,
     /// For items of at most [`PREFILL_ROWS`](crate::attention::PREFILL_ROWS).
     pub(crate) prefill: AttentionKernel,
 }
 
+/// Of a cache whose kernels have a suffix and whose rows have so many bytes.
 macro_rules! attention {
-    ($head_stride:literal) => {
+    ($suffix:literal, $head_stride:literal, $row_bytes:expr) => {
         AttentionKernels {
             head_stride: $head_stride,
+            rope_store_kv: concat!("rope_store_kv", $suffix),
             // A tile of 64 keys and values, and the queries.
             decode: AttentionKernel {
-                name: concat!("attention_decode_", $head_stride),
+                name: concat!("attention_decode", $suffix, "_", $head_stride),
                 threads: 32,
-                shared_bytes: (2 * 64 + 16) * $head_stride * 2,
+                shared_bytes: 2 * 64 * $row_bytes + 16 * $head_stride * 2,
             },
             // Two tiles of 64 keys and values, and the queries.
             prefill: AttentionKernel {
-                name: concat!("attention_prefill_", $head_stride),
+                name: concat!("attention_prefill", $suffix, "_", $head_stride),
                 threads: 128,
-                shared_bytes: (4 * 64 + 64) * $head_stride * 2,
+                shared_bytes: 4 * 64 * $row_bytes + 64 * $head_stride * 2,
             },
         }
     };
 }
 
+/// Elements and a scale.
+macro_rules! attention_e4m3 {
+    ($head_stride:literal) => {
+        attention!("_e4m3", $head_stride, ($head_stride + 4))
+    };
+}
+
+macro_rules! attention_bf16 {
+    ($head_stride:literal) => {
+        attention!("", $head_stride, ($head_stride * 2))
+    };
+}
+
+static ATTENTION_BF16: [AttentionKernels; 4] =
+    [attention_bf16!(16), attention_bf16!(32), attention_bf16!(64), attention_bf16!(128)];
+
+static ATTENTION_E4M3: [AttentionKernels; 4] =
+    [attention_e4m3!(16), attention_e4m3!(32), attention_e4m3!(64), attention_e4m3!(128)];
+
 /// Widths of a head that attention is compiled for, narrow to wide.
-pub(crate) static ATTENTION: [AttentionKernels; 4] =
-    [attention!(16), attention!(32), attention!(64), attention!(128)];
+pub(crate) fn attention(format: KvFormat) -> &'static [AttentionKernels] {
+    match format {
+        KvFormat::Bf16 => &ATTENTION_BF16,
+        KvFormat::E4m3 => &ATTENTION_E4M3,
+    }
+}
 
 /// The products' kernels that a device runs.
 pub(crate) fn tiles(has_wgmma: bool) -> &'static [Tile] {
@@ -140,13 +167,16 @@ pub(crate) fn by_file(capability: Capability) -> Vec<(&'static str, Vec<&'static
         let e4m3 = tile.e4m3.into_iter().filter(|_| has_e4m3);
         tile.bf16.into_iter().chain(e4m3)
     });
+    let formats = [KvFormat::Bf16, KvFormat::E4m3];
+    let formats = formats.into_iter().filter(|&format| format == KvFormat::Bf16 || has_e4m3);
+    let attention: Vec<_> = formats.flat_map(attention).collect();
     let if_e4m3 = |names: [&'static str; 2]| names.into_iter().filter(move |_| has_e4m3);
     let grouped_gemm = if has_wgmma { "grouped_gemm_wgmma" } else { "grouped_gemm_mma" };
     vec![
         ("add", vec!["add"]),
-        ("attention_decode", ATTENTION.iter().map(|kernels| kernels.decode.name).collect()),
+        ("attention_decode", attention.iter().map(|kernels| kernels.decode.name).collect()),
         ("attention_fold", vec!["attention_fold"]),
-        ("attention_prefill", ATTENTION.iter().map(|kernels| kernels.prefill.name).collect()),
+        ("attention_prefill", attention.iter().map(|kernels| kernels.prefill.name).collect()),
         ("combine_experts", vec!["combine_experts"]),
         ("embed", vec!["embed"]),
         ("gather_rows", vec!["gather_rows"]),
@@ -161,7 +191,10 @@ pub(crate) fn by_file(capability: Capability) -> Vec<(&'static str, Vec<&'static
         ("quantize_rows", has_e4m3.then_some("quantize_rows").into_iter().collect()),
         ("read_sweep", vec!["read_sweep"]),
         ("rms_norm", vec!["rms_norm", "add_rms_norm"]),
-        ("rope_store_kv", vec!["rope_store_kv"]),
+        (
+            "rope_store_kv",
+            ["rope_store_kv"].into_iter().chain(has_e4m3.then_some("rope_store_kv_e4m3")).collect(),
+        ),
         ("route", vec!["route"]),
         ("sample", vec!["sample"]),
     ]
@@ -191,6 +224,7 @@ arguments!(
     RoutingTables,
     RouteArguments,
     SteeringArguments,
+    KvAddresses,
     KvArguments,
     AttentionArguments,
     RowStrides,
@@ -269,6 +303,14 @@ pub(crate) struct SteeringArguments {
     pub(crate) given_weights: u64,
     pub(crate) num_token_rows: i32,
     pub(crate) num_layers: i32,
+}
+
+/// `KvCache` of `kv_cache.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct KvAddresses {
+    pub(crate) rows: u64,
+    pub(crate) scales: u64,
 }
 
 /// `KvShape` of `kv_cache.cuh`.

@@ -41,7 +41,7 @@ use crate::weights::Uploader;
 
 pub use crate::images::{KernelOrigin, embedded_targets, nvrtc_version};
 pub use crate::probe::{Capability, DeviceInfo, NoDevice, devices, driver_version, probe, probe_or_skip};
-pub use crate::tensor::{Experts, KvCache, Matrix, Rope, Routing, Tensor, Vector};
+pub use crate::tensor::{Experts, KvCache, KvFormat, Matrix, Rope, Routing, Tensor, Vector};
 pub use crate::weights::WeightFormat;
 
 /// Features of the widest head that attention is compiled for.
@@ -61,6 +61,8 @@ const NO_WINDOW: u32 = 1 << 30;
 pub struct CudaOptions {
     /// How the weights of products are kept.
     pub weights: WeightFormat,
+    /// How keys and values are kept.
+    pub kv_cache: KvFormat,
     /// Whether steps that only decode are recorded as CUDA graphs and replayed. No bit depends on it.
     pub graphs: bool,
     /// Whether a kernel may start while the one before it still runs, where the device can. No bit depends on it.
@@ -71,7 +73,13 @@ pub struct CudaOptions {
 
 impl Default for CudaOptions {
     fn default() -> Self {
-        Self { weights: WeightFormat::Bf16, graphs: true, dependent_launches: true, kernel_cache: None }
+        Self {
+            weights: WeightFormat::Bf16,
+            kv_cache: KvFormat::Bf16,
+            graphs: true,
+            dependent_launches: true,
+            kernel_cache: None,
+        }
     }
 }
 
@@ -90,6 +98,7 @@ pub struct Cuda {
     /// What products with e4m3 weights take; nothing is reserved for others.
     quantized: QuantizedRows,
     weights: WeightFormat,
+    kv_format: KvFormat,
     /// Where experts' rows begin, and what their gate weights sum to: of all layers, so that a step reads them at once.
     counts: Buffer,
     num_counts: usize,
@@ -132,13 +141,16 @@ impl Cuda {
     /// Opens a device.
     ///
     /// # Errors
-    /// [`BackendError::Device`] if it fails, [`BackendError::Unsupported`] if it does not multiply the format.
+    /// [`BackendError::Device`] if it fails, [`BackendError::Unsupported`] if it does not have the formats.
     ///
     /// # Panics
     /// If `info` did not come from [`probe`].
     pub fn new(info: DeviceInfo, options: CudaOptions) -> Result<Self, BackendError> {
         if options.weights == WeightFormat::E4m3 && !info.capability.has_e4m3() {
             return Err(BackendError::Unsupported(format!("{} does not multiply fp8", info.name)));
+        }
+        if options.kv_cache == KvFormat::E4m3 && !info.capability.has_e4m3() {
+            return Err(BackendError::Unsupported(format!("{} does not convert fp8", info.name)));
         }
         let mut device = Device::open(&info, &options)?;
         let counts = device.allocate("offsets of experts", MAX_COUNTS * size_of::<u32>())?;
@@ -156,6 +168,7 @@ impl Cuda {
             experts_scratch: ExpertsScratch::default(),
             quantized: QuantizedRows::default(),
             weights: options.weights,
+            kv_format: options.kv_cache,
             counts,
             num_counts: 0,
             host_counts: Vec::new(),
@@ -307,7 +320,11 @@ impl Backend for Cuda {
 
     fn describe(&self) -> String {
         let Capability { major, minor } = self.info.capability;
-        format!("cuda {}, compute capability {major}.{minor}", self.info.name)
+        let cache = match self.kv_format {
+            KvFormat::Bf16 => "",
+            KvFormat::E4m3 => ", keys and values in fp8",
+        };
+        format!("cuda {}, compute capability {major}.{minor}{cache}", self.info.name)
     }
 
     fn tensor(&mut self, max_rows: usize, features: usize, dtype: DType) -> Result<Tensor, BackendError> {
@@ -354,10 +371,11 @@ impl Backend for Cuda {
         num_blocks: usize,
         block_size: usize,
     ) -> Result<KvCache, BackendError> {
-        let kernels =
-            kernels::ATTENTION.iter().find(|kernels| kernels.head_stride >= shape.head_dim).ok_or_else(
-                || BackendError::Unsupported(format!("heads of {} features, 128 at most", shape.head_dim)),
-            )?;
+        let format = self.kv_format;
+        let mut widths = kernels::attention(format).iter();
+        let kernels = widths.find(|kernels| kernels.head_stride >= shape.head_dim).ok_or_else(|| {
+            BackendError::Unsupported(format!("heads of {} features, 128 at most", shape.head_dim))
+        })?;
         let head_stride = kernels.head_stride;
         let group = shape.num_heads / shape.num_kv_heads;
         if group > attention::PREFILL_ROWS {
@@ -379,9 +397,12 @@ impl Backend for Cuda {
             num_kv_heads: shape.num_kv_heads,
             enough_blocks: self.device.num_multiprocessors as usize,
         });
-        let elements = num_blocks * 2 * shape.num_kv_heads * block_size * head_stride;
+        let num_rows = num_blocks * 2 * shape.num_kv_heads * block_size;
+        let num_bytes = num_rows * (format.row_bytes(head_stride) + format.scale_bytes());
         Ok(KvCache {
-            buffer: self.device.allocate("the cache of keys and values", elements * size_of::<bf16>())?,
+            buffer: self.device.allocate("the cache of keys and values", num_bytes)?,
+            num_rows,
+            format,
             kv: KvArguments {
                 num_heads: shape.num_heads as i32,
                 num_kv_heads: shape.num_kv_heads as i32,
@@ -546,10 +567,10 @@ impl Backend for Cuda {
             &sections.slots,
             &to,
             &q_stride,
-            &kv.buffer.address,
+            &kv.addresses(),
             &kv.kv,
         ];
-        self.device.launch("rope_store_kv", Grid::new(rows, 256), &arguments);
+        self.device.launch(kv.kernels.rope_store_kv, Grid::new(rows, 256), &arguments);
     }
 
     fn attention(&mut self, q: &Tensor, kv: &KvCache, out: &mut Tensor) {
@@ -570,7 +591,7 @@ impl Backend for Cuda {
         let partials = self.partials.as_ref().expect("a cache was made");
         let (from, to) = (q.rows(rows, DType::Bf16), out.rows(rows, DType::Bf16));
         let (softmax, output) = (partials.softmax.address, partials.output.address);
-        let cache = kv.buffer.address;
+        let cache = kv.addresses();
         for (kernel, items, num_items) in [
             (kv.kernels.decode, sections.decode_items, self.plan.decode_items.len()),
             (kv.kernels.prefill, sections.prefill_items, self.plan.prefill_items.len()),

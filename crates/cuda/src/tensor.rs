@@ -4,7 +4,7 @@
 use backend::DType;
 
 use crate::device::Buffer;
-use crate::kernels::{AttentionKernels, KvArguments};
+use crate::kernels::{AttentionKernels, KvAddresses, KvArguments};
 
 /// Rows are padded to a multiple of this many features.
 pub(crate) const TILE_K: usize = 64;
@@ -84,16 +84,58 @@ pub struct Experts {
     pub(crate) down: Matrix,
 }
 
-/// One layer's paged keys and values, bf16 `[num_blocks, 2, kv_heads, block_size, head_stride]`.
+/// How keys and values are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvFormat {
+    /// 16 bits a feature.
+    Bf16,
+    /// FP8 (E4M3), and a scale of 32 bits for a token's head: 8 bits a feature.
+    E4m3,
+}
+
+impl KvFormat {
+    /// Bytes of a row of so many features, its scale apart.
+    pub(crate) fn row_bytes(self, head_stride: usize) -> usize {
+        match self {
+            Self::Bf16 => 2 * head_stride,
+            Self::E4m3 => head_stride,
+        }
+    }
+
+    /// Bytes of a row's scale.
+    pub(crate) fn scale_bytes(self) -> usize {
+        match self {
+            Self::Bf16 => 0,
+            Self::E4m3 => size_of::<f32>(),
+        }
+    }
+}
+
+/// One layer's paged keys and values `[num_blocks, 2, kv_heads, block_size, head_stride]`; behind them the rows' scales,
+/// f32 `[num_blocks, 2, kv_heads, block_size]`, if they are e4m3.
 pub struct KvCache {
     pub(crate) buffer: Buffer,
+    pub(crate) num_rows: usize,
+    pub(crate) format: KvFormat,
     pub(crate) kv: KvArguments,
     /// Tokens that a token sees.
     pub(crate) window: i32,
     /// log2(e) / sqrt(head_dim).
     pub(crate) scale: f32,
-    /// The kernel for heads of this width.
+    /// The kernels for heads of this width.
     pub(crate) kernels: &'static AttentionKernels,
+}
+
+impl KvCache {
+    /// Where rows and scales start.
+    pub(crate) fn addresses(&self) -> KvAddresses {
+        let row_bytes = self.format.row_bytes(self.kv.head_stride as usize);
+        let scales = match self.format {
+            KvFormat::Bf16 => 0,
+            KvFormat::E4m3 => self.buffer.address + (self.num_rows * row_bytes) as u64,
+        };
+        KvAddresses { rows: self.buffer.address, scales }
+    }
 }
 
 /// One layer's routing, as `route.cu` draws it.

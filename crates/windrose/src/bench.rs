@@ -77,8 +77,8 @@ fn measure(plan: &Plan, settings: &Settings) -> Result<Report> {
             let options = device::cpu_options(settings, *formats);
             Machine::Cpu(Box::new(Cpu::new(CpuOptions { num_threads: Some(num_threads), ..options })))
         }
-        Device::Cuda { info, weights } => {
-            Machine::Gpu(Box::new(Cuda::new(info.clone(), device::cuda_options(settings, *weights))?))
+        Device::Cuda { info, formats } => {
+            Machine::Gpu(Box::new(Cuda::new(info.clone(), device::cuda_options(settings, *formats))?))
         }
     };
     let limits_before = machine.limits()?;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use cpu::{CpuOptions, Isa, KvFormat, WeightFormat};
-use cuda::{Cuda, CudaOptions, DeviceInfo, WeightFormat as GpuWeights};
+use cuda::{Cuda, CudaOptions, DeviceInfo, KvFormat as GpuKvFormat, WeightFormat as GpuWeights};
 use model::{ModelConfig, ModelFiles, ModelSummary, RunnerOptions, WeightType};
 use tracing::info;
 
@@ -20,7 +20,7 @@ const AUTOMATIC_CACHE_SHARE: u64 = 4;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Device {
     Cpu(CpuFormats),
-    Cuda { info: DeviceInfo, weights: GpuWeights },
+    Cuda { info: DeviceInfo, formats: GpuFormats },
 }
 
 /// What the processor keeps weights, and keys and values, in.
@@ -30,11 +30,18 @@ pub(crate) struct CpuFormats {
     pub(crate) kv_cache: KvFormat,
 }
 
+/// The same of a GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct GpuFormats {
+    pub(crate) weights: GpuWeights,
+    pub(crate) kv_cache: GpuKvFormat,
+}
+
 impl Device {
     /// The device that the settings name; for "auto" a GPU that can do all that they ask, else the processor.
     pub(crate) fn choose(settings: &Settings, files: &ModelFiles, config: &ModelConfig) -> Result<Self> {
         let summary = ModelSummary::new(config);
-        let gpu = || usable_gpu(settings, &summary).map(|(info, weights)| Self::Cuda { info, weights });
+        let gpu = || usable_gpu(settings, &summary).map(|(info, formats)| Self::Cuda { info, formats });
         match settings.device.as_str() {
             "cpu" => Ok(Self::Cpu(CpuFormats::choose(settings, files, &summary)?)),
             "cuda" => gpu().map_err(|reason| anyhow!("device is \"cuda\", but {reason}")),
@@ -59,7 +66,7 @@ impl Device {
     pub(crate) fn weights(&self) -> &'static str {
         match self {
             Self::Cpu(formats) => formats.weights.name(),
-            Self::Cuda { weights, .. } => weights.name(),
+            Self::Cuda { formats, .. } => formats.weights.name(),
         }
     }
 
@@ -67,15 +74,18 @@ impl Device {
     pub(crate) fn weight_bits(&self) -> f64 {
         match self {
             Self::Cpu(formats) => formats.weights.bits(),
-            Self::Cuda { weights, .. } => weights.bits(),
+            Self::Cuda { formats, .. } => formats.weights.bits(),
         }
     }
 
-    /// The format of its keys and values.
+    /// The format of its keys and values, as the settings call it: a GPU's of 8 bits takes as much room.
     pub(crate) fn kv_cache(&self) -> KvFormat {
         match self {
             Self::Cpu(formats) => formats.kv_cache,
-            Self::Cuda { .. } => KvFormat::Bf16,
+            Self::Cuda { formats, .. } => match formats.kv_cache {
+                GpuKvFormat::Bf16 => KvFormat::Bf16,
+                GpuKvFormat::E4m3 => KvFormat::Q8,
+            },
         }
     }
 
@@ -107,12 +117,17 @@ impl CpuFormats {
                 "weights is \"{weights}\", expected \"auto\", \"bf16\", \"q8\" or \"q4\", or \"fp8\" on a GPU"
             ),
         };
-        let kv_cache = KvFormat::ALL
-            .into_iter()
-            .find(|format| format.name() == kv_cache)
-            .with_context(|| format!("kv_cache is \"{kv_cache}\", expected \"bf16\" or \"q8\""))?;
+        let kv_cache = named_kv_format(kv_cache).with_context(|| unknown_kv_format(kv_cache))?;
         Ok(Self { weights, kv_cache })
     }
+}
+
+fn named_kv_format(name: &str) -> Option<KvFormat> {
+    KvFormat::ALL.into_iter().find(|format| format.name() == name)
+}
+
+fn unknown_kv_format(name: &str) -> String {
+    format!("kv_cache is \"{name}\", expected \"bf16\" or \"q8\"")
 }
 
 /// What the settings say of the processor.
@@ -122,9 +137,10 @@ pub(crate) fn cpu_options(settings: &Settings, formats: CpuFormats) -> CpuOption
 }
 
 /// What the settings say of a GPU.
-pub(crate) fn cuda_options(settings: &Settings, weights: GpuWeights) -> CudaOptions {
+pub(crate) fn cuda_options(settings: &Settings, formats: GpuFormats) -> CudaOptions {
     CudaOptions {
-        weights,
+        weights: formats.weights,
+        kv_cache: formats.kv_cache,
         graphs: settings.cuda_graphs,
         dependent_launches: settings.cuda_dependent_launches,
         kernel_cache: kernel_cache(settings),
@@ -216,11 +232,19 @@ fn automatic_format(files: &ModelFiles, summary: &ModelSummary, available_bytes:
 pub(crate) fn usable_gpu(
     settings: &Settings,
     summary: &ModelSummary,
-) -> Result<(DeviceInfo, GpuWeights), String> {
+) -> Result<(DeviceInfo, GpuFormats), String> {
     let info = cuda::probe().map_err(|reason| reason.to_string())?;
-    if settings.kv_cache != "bf16" {
-        return Err(format!("kv_cache is \"{}\", and on a GPU it can only be \"bf16\"", settings.kv_cache));
-    }
+    let kv_cache = match named_kv_format(&settings.kv_cache) {
+        Some(KvFormat::Bf16) => GpuKvFormat::Bf16,
+        Some(KvFormat::Q8) if info.capability.has_e4m3() => GpuKvFormat::E4m3,
+        Some(KvFormat::Q8) => {
+            return Err(format!(
+                "kv_cache is \"q8\", which on a GPU is fp8, and {} is older than that: it has \"bf16\"",
+                info.name
+            ));
+        }
+        None => return Err(unknown_kv_format(&settings.kv_cache)),
+    };
     let formats = match settings.weights.as_str() {
         "auto" => &[GpuWeights::Bf16, GpuWeights::E4m3][..],
         "bf16" => &[GpuWeights::Bf16],
@@ -234,7 +258,7 @@ pub(crate) fn usable_gpu(
         return Err(format!("weights is \"fp8\", which {} does not multiply", info.name));
     };
     match formats.find(|format| summary.weight_bytes(format.bits()) <= info.memory_bytes) {
-        Some(&format) => Ok((info, format)),
+        Some(&weights) => Ok((info, GpuFormats { weights, kv_cache })),
         None => {
             let memory = bytes(info.memory_bytes);
             Err(format!("the weights take {} and {} has {memory}", bytes(least_bytes), info.name))

@@ -53,11 +53,11 @@ impl Model {
             Device::Cpu(formats) => {
                 self.load_on_cpu(settings, Cpu::new(device::cpu_options(settings, *formats)), options)
             }
-            Device::Cuda { info, weights } => {
-                let backend = Cuda::new(info.clone(), device::cuda_options(settings, *weights))?;
+            Device::Cuda { info, formats } => {
+                let backend = Cuda::new(info.clone(), device::cuda_options(settings, *formats))?;
                 let free = backend.free_bytes()?;
                 let granted =
-                    || device::gpu_cache_bytes(settings, info, *weights, free, &self.config, &options);
+                    || device::gpu_cache_bytes(settings, info, formats.weights, free, &self.config, &options);
                 let num_blocks = 1 + self.num_cache_blocks(settings, &options, granted)?;
                 self.load_on(backend, settings, RunnerOptions { num_blocks, ..options })
             }

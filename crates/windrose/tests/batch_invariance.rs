@@ -12,7 +12,7 @@ use std::time::Instant;
 use backend::sampling::mix64;
 use backend::{Backend, Reference};
 use cpu::{Cpu, CpuOptions, Isa, KvFormat, WeightFormat};
-use cuda::{Cuda, CudaOptions, WeightFormat as GpuWeights};
+use cuda::{Cuda, CudaOptions, KvFormat as GpuKvFormat, WeightFormat as GpuWeights};
 use engine::{
     Choice, Engine, EngineConfig, Event, EventSink, FinishReason, RecordRouting, Request, SinkClosed,
 };
@@ -230,14 +230,16 @@ fn the_reference_is_batch_invariant() {
 #[test]
 fn the_gpu_is_batch_invariant() {
     if let Some(info) = cuda::probe_or_skip() {
-        for (weights, graphs) in
-            [(GpuWeights::Bf16, false), (GpuWeights::Bf16, true), (GpuWeights::E4m3, true)]
-        {
+        for (weights, kv_cache, graphs) in [
+            (GpuWeights::Bf16, GpuKvFormat::Bf16, false),
+            (GpuWeights::Bf16, GpuKvFormat::Bf16, true),
+            (GpuWeights::E4m3, GpuKvFormat::E4m3, true),
+        ] {
             if weights == GpuWeights::E4m3 && !info.capability.has_e4m3() {
                 println!("skipped: {} does not multiply fp8", info.name);
                 continue;
             }
-            let options = CudaOptions { weights, graphs, ..CudaOptions::default() };
+            let options = CudaOptions { weights, kv_cache, graphs, ..CudaOptions::default() };
             check(|| Cuda::new(info.clone(), options.clone()).expect("the device opens"));
         }
     }

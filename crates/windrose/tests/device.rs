@@ -83,11 +83,16 @@ fn the_demo_model_answers_on_a_gpu() {
 
     let log = log_of_start("auto");
     assert!(log.contains("backend=\"cuda "), "{log}");
-    let formats = if gpu.capability.has_e4m3() { &["bf16", "fp8"][..] } else { &["bf16"] };
-    for weights in formats {
-        let question = ["generate", "--device", "cuda", "--weights", weights, "What is 12 + 30?"];
-        let output = windrose().args(question).output().unwrap();
-        assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "42", "{output:?}");
+    let formats = [("bf16", "bf16"), ("bf16", "q8"), ("fp8", "q8")];
+    for (weights, kv_cache) in formats {
+        let question = ["generate", "--device", "cuda", "--weights", weights, "--kv-cache", kv_cache];
+        let output = windrose().args(question).arg("What is 12 + 30?").output().unwrap();
+        if gpu.capability.has_e4m3() || (weights, kv_cache) == ("bf16", "bf16") {
+            assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "42", "{output:?}");
+        } else {
+            let log = String::from_utf8_lossy(&output.stderr);
+            assert!(!output.status.success() && log.contains(&gpu.name) && log.contains("fp8"), "{log}");
+        }
     }
 }
 
