@@ -6,6 +6,7 @@
 
 constexpr int E4M3_THREADS = 256;
 constexpr float E4M3_LARGEST = 448.0f;
+constexpr int MAX_WARPS = 1024 / WARP;
 
 // What an element must be divided by for the largest, of this magnitude, to become 448; NaN if that is not finite.
 DEVICE float e4m3_scale(float largest) {
@@ -17,14 +18,16 @@ DEVICE float e4m3_scale(float largest) {
 // The magnitude of a number; of NaN an infinity, which a maximum does not forget.
 DEVICE float e4m3_magnitude(float x) { return x == x ? fabsf(x) : INFINITY; }
 
-// The largest magnitude that any thread of the block has.
-DEVICE float block_largest(float x) {
-  __shared__ float of_warp[E4M3_THREADS / WARP];
-  for (int offset = WARP / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, offset));
-  if (threadIdx.x % WARP == 0) of_warp[threadIdx.x / WARP] = x;
+// The largest magnitude that any thread of a block of whole warps has; an infinity if one has a NaN. Magnitudes without
+// their sign are ordered as the integers that have their bits, and a NaN comes after the infinity.
+DEVICE float block_largest(float magnitude) {
+  __shared__ uint32_t of_warp[MAX_WARPS];
+  uint32_t lane = threadIdx.x % WARP;
+  uint32_t largest = __reduce_max_sync(ALL_LANES, __float_as_uint(magnitude));
+  if (lane == 0) of_warp[threadIdx.x / WARP] = largest;
   __syncthreads();
-  for (int warp = 0; warp < E4M3_THREADS / WARP; warp++) x = fmaxf(x, of_warp[warp]);
-  return x;
+  largest = __reduce_max_sync(ALL_LANES, lane < blockDim.x / WARP ? of_warp[lane] : 0u);
+  return fminf(__uint_as_float(largest), INFINITY);
 }
 
 // out[i] = element(i) / scale for i in 0..count, a multiple of 2; returns the scale. `element` is asked twice.

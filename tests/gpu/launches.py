@@ -276,7 +276,10 @@ class Launcher:
         """Rows of x, or those that `indices` divided by `divisor` name, into `out`."""
         strides = RowStrides(x.shape[1], out.shape[1])
         args = [x, indices, divisor, out.rows, out.scales, strides]
-        self.kernels.launch("quantize_rows", out.shape[0], 256, args)
+        # A thread for each load of eight elements, or as few as take the same number of turns.
+        num_loads = out.shape[1] // 8
+        threads = -(-num_loads // -(-num_loads // 1024))
+        self.kernels.launch("quantize_rows", out.shape[0], -(-threads // 32) * 32, args)
 
     def route(self, x, router):
         tokens, experts = x.shape[0], router.shape[0]

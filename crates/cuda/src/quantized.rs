@@ -8,7 +8,9 @@ use crate::device::{Buffer, Device, Grid};
 use crate::kernels::RowStrides;
 use crate::tensor::stride_e4m3;
 
-const THREADS: u32 = 256;
+/// Most threads of a block, and elements that each of them loads at once.
+const MAX_THREADS: usize = 1024;
+const ELEMENTS_PER_LOAD: usize = 8;
 
 /// The scratch, sized by what was reserved.
 #[derive(Default)]
@@ -75,8 +77,25 @@ impl QuantizedRows {
         let (indices, divisor) =
             source.indices.map_or((0, 1), |(indices, divisor)| (indices, divisor as i32));
         let strides = RowStrides { x: source.stride as i32, out: stride as i32 };
-        let grid = Grid::new(num_rows, THREADS);
+        let grid = Grid::new(num_rows, num_threads(stride));
         device.launch("quantize_rows", grid, &[&source.x, &indices, &divisor, &x, &scales, &strides]);
         Quantized { x, scales, max_rows: self.num_bytes / stride }
+    }
+}
+
+/// Threads for a row: one for each load, or as few as take the same number of turns.
+fn num_threads(stride: usize) -> u32 {
+    let num_loads = stride / ELEMENTS_PER_LOAD;
+    let turns = num_loads.div_ceil(MAX_THREADS);
+    num_loads.div_ceil(turns).next_multiple_of(32) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_has_a_thread_for_each_load() {
+        assert_eq!([128, 4096, 8192, 14336, 65536].map(num_threads), [32, 512, 1024, 896, 1024]);
     }
 }
