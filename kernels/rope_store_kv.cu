@@ -1,6 +1,7 @@
 // Turns queries and keys by their positions' angles, in f32; writes queries, rounded to bf16, to a tensor and keys and
 // values to the paged cache: rounded to bf16, or each row divided by its scale and rounded to e4m3, once and from f32.
-// One block per token; a warp has a head, a lane one or two of its pairs of features.
+// A token has a block, or several along y if there are few; a warp has a head, a lane one or two of its pairs of
+// features.
 //
 // Source: RoFormer (arXiv 2104.09864), feature i paired with i + head_dim / 2 as in Hugging Face's rotate_half.
 #include "device.cuh"
@@ -63,7 +64,8 @@ DEVICE void rope_and_store(const float* qkv_row, const float* cosines, const flo
                            const KvCache<Element>& cache, const KvShape& shape) {
   int half = shape.head_dim / 2, first_value = shape.num_heads + shape.num_kv_heads;
   int block = slot / shape.block_size, offset = slot % shape.block_size;
-  for (int head = threadIdx.x / WARP; head < first_value + shape.num_kv_heads; head += ROPE_THREADS / WARP) {
+  int warp = (blockIdx.y * ROPE_THREADS + threadIdx.x) / WARP, num_warps = gridDim.y * ROPE_THREADS / WARP;
+  for (int head = warp; head < first_value + shape.num_kv_heads; head += num_warps) {
     const float* from = qkv_row + head * shape.head_dim;
     LanePairs x = {};
     for_each_pair(half, [&](int i, int pair) {
@@ -86,10 +88,12 @@ DEVICE void rope_and_store(const float* qkv_row, const float* cosines, const flo
   KERNEL(ROPE_THREADS, NAME)(const float* qkv, int qkv_stride, const float* cos_table, const float* sin_table,       \
                              const uint32_t* positions, const uint32_t* slots, bf16* queries, int queries_stride,    \
                              KvCache<ELEMENT> cache, KvShape shape) {                                                \
+    /* Copied to the device before the first kernel of a step: no kernel's end is waited for. */                     \
+    int64_t token = blockIdx.x, angle = static_cast<int64_t>(__ldcg(positions + token)) * (shape.head_dim / 2);      \
+    int slot = __ldcg(slots + token);                                                                                \
     wait_for_previous_kernel();                                                                                      \
     let_next_kernel_start();                                                                                         \
-    int64_t token = blockIdx.x, angle = static_cast<int64_t>(positions[token]) * (shape.head_dim / 2);               \
-    rope_and_store(qkv + token * qkv_stride, cos_table + angle, sin_table + angle, slots[token],                     \
+    rope_and_store(qkv + token * qkv_stride, cos_table + angle, sin_table + angle, slot,                             \
                    queries + token * queries_stride, cache, shape);                                                  \
   }                                                                                                                  \
   REGISTER_KERNEL(NAME)

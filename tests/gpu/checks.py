@@ -240,7 +240,7 @@ class Checks:
     def check_small(self):
         table, ids = bf16(100, HIDDEN), int32([7, 99, 0, 7])
         embedded = torch.zeros(4, HIDDEN, device="cuda")
-        self.kernels.launch("embed", 4, 256, [ids, table, embedded, HIDDEN, HIDDEN, HIDDEN])
+        self.launch.embed(ids, table, embedded)
         self.expect_equal("embed", embedded, table[ids.long()].float())
         x, y = torch.randn(5, HIDDEN, device="cuda"), torch.randn(5, HIDDEN, device="cuda")
         expected = x + y
@@ -273,8 +273,7 @@ class Checks:
         cache = torch.zeros(5, 2, kv_heads, block_size, head_dim, device="cuda", dtype=torch.bfloat16)
         shape = KvShape(heads, kv_heads, head_dim, head_dim, block_size)
         tables = [angles.cos(), angles.sin()]
-        args = [qkv, width, *tables, positions, slots, queries, heads * head_dim, KvCache.of(cache), shape]
-        self.kernels.launch("rope_store_kv", tokens, 256, args)
+        self.launch.rope_store_kv(qkv, tables, positions, slots, queries, cache, shape)
         q, k, v = qkv.view(tokens, -1, head_dim).double().split([heads, kv_heads, kv_heads], 1)
         cos, sin = (table[positions.long()].double()[:, None] for table in tables)
 

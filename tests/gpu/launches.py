@@ -306,10 +306,29 @@ class Launcher:
         plan = AttentionPlan([(0, q.shape[0], position)], heads, kv_heads, split)
         return Attention(self, q, cache, table, plan, heads, kv_heads, head_dim, window).run()
 
+    def over_rows(self, num_rows, num_items, threads):
+        """A grid with a block for each row, or several where rows alone would leave the device idle."""
+        return num_rows, min(-(-4 * self.sms // max(num_rows, 1)), -(-num_items // threads))
+
+    def embed(self, ids, table, out):
+        grid = self.over_rows(out.shape[0], table.shape[1] // 8, 256)
+        args = [ids, table, out, table.shape[1], table.shape[1], out.shape[1]]
+        self.kernels.launch("embed", grid, 256, args)
+
+    def rope_store_kv(self, qkv, tables, positions, slots, queries, cache, shape):
+        """`cache` as KvCache takes it; a warp has a head."""
+        num_lanes = 32 * (shape.num_heads + 2 * shape.num_kv_heads)
+        grid = self.over_rows(qkv.shape[0], num_lanes, 256)
+        args = [qkv, qkv.shape[1], *tables, positions, slots, queries, queries.shape[1]]
+        name = "rope_store_kv_e4m3" if isinstance(cache, Quantized) else "rope_store_kv"
+        self.kernels.launch(name, grid, 256, [*args, KvCache.of(cache), shape])
+
     def gather(self, x, permutation, permuted):
-        args = [x, permutation, TOP_K, permuted, x.shape[1] // 8]
-        self.kernels.launch("gather_rows", permuted.shape[0], 128, args)
+        row_quads = x.shape[1] // 8
+        grid = self.over_rows(permuted.shape[0], row_quads, 128)
+        self.kernels.launch("gather_rows", grid, 128, [x, permutation, TOP_K, permuted, row_quads])
 
     def combine(self, y, rows, weights, out):
-        args = [y, rows, weights, TOP_K, out, out.shape[1] // 4]
-        self.kernels.launch("combine_experts", out.shape[0], 256, args)
+        row_quads = out.shape[1] // 4
+        grid = self.over_rows(out.shape[0], row_quads, 256)
+        self.kernels.launch("combine_experts", grid, 256, [y, rows, weights, TOP_K, out, row_quads])

@@ -23,6 +23,8 @@ use crate::probe::{DeviceInfo, describe};
 
 /// What a block may have of dynamic shared memory without asking for more.
 const UNASKED_SHARED_BYTES: u32 = 48 << 10;
+/// Blocks of a few warps that keep a multiprocessor busy.
+const BLOCKS_PER_MULTIPROCESSOR: usize = 4;
 /// More than any kernel takes.
 const MAX_ARGUMENTS: usize = 12;
 /// Per cent of a multiprocessor's memory that are shared memory, where the rest is the L1 cache.
@@ -85,6 +87,15 @@ impl Grid {
     /// `blocks` blocks without dynamic shared memory.
     pub(crate) fn new(blocks: usize, threads: u32) -> Self {
         Self { blocks: [blocks, 1], threads, shared_bytes: 0 }
+    }
+
+    /// A block for each row, or several along y where rows alone would leave the device idle: at most as many as give
+    /// each thread one of the row's `num_items` items, and no more than keep every multiprocessor busy.
+    pub(crate) fn over_rows(device: &Device, num_rows: usize, num_items: usize, threads: u32) -> Self {
+        let wanted = BLOCKS_PER_MULTIPROCESSOR * device.num_multiprocessors as usize;
+        let most = num_items.div_ceil(threads as usize).max(1);
+        let along_y = wanted.div_ceil(num_rows.max(1)).min(most);
+        Self { blocks: [num_rows, along_y], threads, shared_bytes: 0 }
     }
 }
 

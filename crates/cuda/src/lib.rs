@@ -280,7 +280,7 @@ impl Cuda {
         }
         let permuted = self.experts_scratch.permuted.as_ref().expect("experts and routing were made").address;
         let (divisor, row_quads) = (routing.width as i32, (x.stride * size_of::<bf16>() / 16) as i32);
-        let gather = Grid::new(routing.num_rows(), 128);
+        let gather = Grid::over_rows(&self.device, routing.num_rows(), row_quads as usize, 128);
         self.device.launch("gather_rows", gather, &[&from, &permutation, &divisor, &permuted, &row_quads]);
         Rows::bf16(permuted, self.experts_scratch.max_rows)
     }
@@ -505,7 +505,8 @@ impl Backend for Cuda {
         let ids = self.step.sections().token_ids;
         let arguments: [&dyn kernels::Argument; 6] =
             [&ids, &table.buffer.address, &to, &features, &table_stride, &out_stride];
-        self.device.launch("embed", Grid::new(rows, 256), &arguments);
+        let grid = Grid::over_rows(&self.device, rows, table.stride / 8, 256);
+        self.device.launch("embed", grid, &arguments);
     }
 
     fn add(&mut self, x: &mut Tensor, y: &Tensor, rows: usize) {
@@ -570,7 +571,10 @@ impl Backend for Cuda {
             &kv.addresses(),
             &kv.kv,
         ];
-        self.device.launch(kv.kernels.rope_store_kv, Grid::new(rows, 256), &arguments);
+        // A warp has a head.
+        let num_lanes = 32 * (kv.kv.num_heads + 2 * kv.kv.num_kv_heads) as usize;
+        let grid = Grid::over_rows(&self.device, rows, num_lanes, 256);
+        self.device.launch(kv.kernels.rope_store_kv, grid, &arguments);
     }
 
     fn attention(&mut self, q: &Tensor, kv: &KvCache, out: &mut Tensor) {
@@ -673,7 +677,8 @@ impl Backend for Cuda {
         let row_quads = (out.stride / 4) as i32;
         let arguments: [&dyn kernels::Argument; 6] =
             [&products, &routing.table(3), &routing.table(1), &width, &to, &row_quads];
-        self.device.launch("combine_experts", Grid::new(routing.num_tokens, 256), &arguments);
+        let grid = Grid::over_rows(&self.device, routing.num_tokens, row_quads as usize, 256);
+        self.device.launch("combine_experts", grid, &arguments);
     }
 
     fn gather_rows(&mut self, x: &Tensor, out: &mut Tensor) {
@@ -681,7 +686,7 @@ impl Backend for Cuda {
         let (indices, divisor) = (self.step.sections().logits_indices, 1);
         let (from, to) = (x.rows(self.step.num_tokens(), x.dtype), out.rows(self.batch_logits, x.dtype));
         let row_quads = (x.stride * x.element_bytes() / 16) as i32;
-        let grid = Grid::new(self.batch_logits, 128);
+        let grid = Grid::over_rows(&self.device, self.batch_logits, row_quads as usize, 128);
         self.device.launch("gather_rows", grid, &[&from, &indices, &divisor, &to, &row_quads]);
     }
 
