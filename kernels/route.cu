@@ -19,6 +19,7 @@
 constexpr int ROUTE_THREADS = 256;
 constexpr int ROUTE_WARPS = ROUTE_THREADS / WARP;
 constexpr int MAX_EXPERTS = 256;
+constexpr int MAX_TOP_K = 64;
 constexpr uint32_t NONE = 0xffffffffu;
 
 struct RoutingTables {
@@ -60,18 +61,39 @@ struct StepSteering {
   int num_layers;
 };
 
-// x · w over a padded row, in an order that depends on its width alone; every lane gets the sum.
-DEVICE float warp_dot(const bf16* x, const bf16* w, int stride) {
-  const uint4* x_row = reinterpret_cast<const uint4*>(x);
-  const uint4* w_row = reinterpret_cast<const uint4*>(w);
+// What a lane has of a padded row: every 32nd vector of eight numbers from `first` on; zeros behind the row.
+template <int N>
+DEVICE void load_part(uint4 (&part)[N], const bf16* row, int first, int stride) {
+  const uint4* vectors = reinterpret_cast<const uint4*>(row);
+#pragma unroll
+  for (int turn = 0; turn < N; turn++) {
+    int i = first + turn * WARP + threadIdx.x % WARP;
+    part[turn] = i < stride / 8 ? vectors[i] : make_uint4(0, 0, 0, 0);
+  }
+}
+
+// Vectors of a lane's part of weights and of activations. Of a row of 4096, all weights are on their way at once.
+constexpr int WEIGHT_VECTORS = 16, TOKEN_VECTORS = 8;
+
+// x · w over a padded row, in an order that depends on its width alone; every lane gets the sum. `part` holds the
+// first of the weights.
+DEVICE float warp_dot(const bf16* x, const bf16* w, uint4 (&part)[WEIGHT_VECTORS], int stride) {
   float sum = 0.0f;
-#pragma unroll 4
-  for (int i = threadIdx.x % WARP; i < stride / 8; i += WARP) {
-    uint4 a = x_row[i], b = w_row[i];
-    sum = __fmaf_rn(low_to_f32(a.x), low_to_f32(b.x), __fmaf_rn(high_to_f32(a.x), high_to_f32(b.x), sum));
-    sum = __fmaf_rn(low_to_f32(a.y), low_to_f32(b.y), __fmaf_rn(high_to_f32(a.y), high_to_f32(b.y), sum));
-    sum = __fmaf_rn(low_to_f32(a.z), low_to_f32(b.z), __fmaf_rn(high_to_f32(a.z), high_to_f32(b.z), sum));
-    sum = __fmaf_rn(low_to_f32(a.w), low_to_f32(b.w), __fmaf_rn(high_to_f32(a.w), high_to_f32(b.w), sum));
+  for (int first = 0; first < stride / 8; first += WEIGHT_VECTORS * WARP) {
+    if (first > 0) load_part(part, w, first, stride);
+#pragma unroll
+    for (int turn = 0; turn < WEIGHT_VECTORS; turn += TOKEN_VECTORS) {
+      uint4 x_part[TOKEN_VECTORS];
+      load_part(x_part, x, first + turn * WARP, stride);
+#pragma unroll
+      for (int i = 0; i < TOKEN_VECTORS; i++) {
+        uint4 a = x_part[i], b = part[turn + i];
+        sum = __fmaf_rn(low_to_f32(a.x), low_to_f32(b.x), __fmaf_rn(high_to_f32(a.x), high_to_f32(b.x), sum));
+        sum = __fmaf_rn(low_to_f32(a.y), low_to_f32(b.y), __fmaf_rn(high_to_f32(a.y), high_to_f32(b.y), sum));
+        sum = __fmaf_rn(low_to_f32(a.z), low_to_f32(b.z), __fmaf_rn(high_to_f32(a.z), high_to_f32(b.z), sum));
+        sum = __fmaf_rn(low_to_f32(a.w), low_to_f32(b.w), __fmaf_rn(high_to_f32(a.w), high_to_f32(b.w), sum));
+      }
+    }
   }
   return warp_sum(sum);
 }
@@ -84,9 +106,15 @@ struct ExpertSet {
 // The largest logit's expert in a set, the lower id on a tie.
 DEVICE int largest(const float* logits, const ExpertSet* open, int num_experts) {
   int best = -1;
-  for (int expert = 0; expert < num_experts; expert++) {
-    bool is_open = open->words[expert / 64] >> expert % 64 & 1;
-    if (is_open && (best < 0 || logits[expert] > logits[best])) best = expert;
+  float best_logit = 0.0f;
+  for (int first = 0; first < num_experts; first += 64) {
+    uint64_t word = open->words[first / 64];
+#pragma unroll 8
+    for (int expert = first; expert < min(first + 64, num_experts); expert++) {
+      float logit = logits[expert];
+      bool is_open = word >> (expert - first) & 1;
+      if (is_open && (best < 0 || logit > best_logit)) best = expert, best_logit = logit;
+    }
   }
   return best;
 }
@@ -94,16 +122,18 @@ DEVICE int largest(const float* logits, const ExpertSet* open, int num_experts) 
 // The `count` largest of the open experts, heaviest first, with the softmax over their logits.
 DEVICE void choose(const float* logits, ExpertSet* open, int count, float temperature, int num_experts, uint32_t* ids,
                    float* weights) {
+  __shared__ float chosen[MAX_TOP_K];
   float max = 0.0f, sum = 0.0f;
   for (int rank = 0; rank < count; rank++) {
     int best = largest(logits, open, num_experts);
     if (rank == 0) max = logits[best];
-    weights[rank] = expf((logits[best] - max) / temperature);
-    sum += weights[rank];
+    float weight = expf((logits[best] - max) / temperature);
+    sum += weight;
+    chosen[rank] = weight;
     ids[rank] = best;
     open->words[best / 64] &= ~(1ull << best % 64);
   }
-  for (int rank = 0; rank < count; rank++) weights[rank] /= sum;
+  for (int rank = 0; rank < count; rank++) weights[rank] = chosen[rank] / sum;
 }
 
 // The experts that a rule chooses, one bit each: those it forces, then the largest that it leaves open.
@@ -158,6 +188,7 @@ DEVICE void group_by_expert(uint32_t* counts, RouteShape shape, RoutingTables ta
   int num_assignments = shape.num_tokens * shape.width;
   for (int expert = warp; expert < shape.num_experts; expert += ROUTE_WARPS) {
     uint32_t count = 0;
+#pragma unroll 4
     for (int first = 0; first < num_assignments; first += WARP) {
       count += __popc(lanes_with(tables.topk_ids, first, num_assignments, expert));
     }
@@ -191,22 +222,37 @@ DEVICE void group_by_expert(uint32_t* counts, RouteShape shape, RoutingTables ta
   for (int row = num_rows + threadIdx.x; row < num_assignments; row += ROUTE_THREADS) tables.permutation[row] = 0;
 }
 
+// Whether this block is the last one of the launch to make its choice; then it sees the choices of all. Thread 0 asks.
+DEVICE bool finishes_last(uint32_t* finished_blocks) {
+  if (gridDim.x == 1) return true;
+  __threadfence();
+  bool is_last = atomicAdd(finished_blocks, 1u) == gridDim.x - 1;
+  __threadfence();
+  if (is_last) *finished_blocks = 0;
+  return is_last;
+}
+
 KERNEL(ROUTE_THREADS, route)(const bf16* x, const bf16* router, RoutingTables tables, RouteShape shape,
                              StepSteering steering) {
-  wait_for_previous_kernel();
-  let_next_kernel_start();
   __shared__ float logits[MAX_EXPERTS];
   __shared__ uint32_t counts[MAX_EXPERTS];
   __shared__ ExpertSet open;
   __shared__ bool is_last;
-  int token = blockIdx.x;
+  int token = blockIdx.x, warp = threadIdx.x / WARP;
+  auto weights_of = [=](int expert) { return router + static_cast<int64_t>(expert) * shape.stride; };
+  // No kernel writes weights, so those of the warp's first expert can be on their way before there is a token.
+  uint4 part[WEIGHT_VECTORS];
+  if (router && warp < shape.num_experts) load_part(part, weights_of(warp), 0, shape.stride);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   // A launch without tokens still has a block, which writes the empty groups.
   if (token < shape.num_tokens) {
-    for (int expert = threadIdx.x / WARP; expert < shape.num_experts; expert += ROUTE_WARPS) {
+    const bf16* row = x + static_cast<int64_t>(token) * shape.stride;
+    for (int expert = warp; expert < shape.num_experts; expert += ROUTE_WARPS) {
       float logit = 0.0f;
       if (router) {
-        logit = warp_dot(x + static_cast<int64_t>(token) * shape.stride,
-                         router + static_cast<int64_t>(expert) * shape.stride, shape.stride);
+        if (expert != warp) load_part(part, weights_of(expert), 0, shape.stride);
+        logit = warp_dot(row, weights_of(expert), part, shape.stride);
       }
       if (threadIdx.x % WARP == 0) logits[expert] = logit;
     }
@@ -214,13 +260,9 @@ KERNEL(ROUTE_THREADS, route)(const bf16* x, const bf16* router, RoutingTables ta
   }
   if (threadIdx.x == 0) {
     if (token < shape.num_tokens) choose_experts(logits, &open, token, shape, tables, steering);
-    __threadfence();
-    is_last = atomicAdd(tables.finished_blocks, 1u) == gridDim.x - 1;
-    __threadfence();
+    is_last = finishes_last(tables.finished_blocks);
   }
   __syncthreads();
-  if (!is_last) return;
-  group_by_expert(counts, shape, tables);
-  if (threadIdx.x == 0) *tables.finished_blocks = 0;
+  if (is_last) group_by_expert(counts, shape, tables);
 }
 REGISTER_KERNEL(route)
