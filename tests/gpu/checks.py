@@ -12,7 +12,6 @@ from launches import (
     HIDDEN,
     TILES,
     TOP_K,
-    KvCache,
     KvShape,
     Launcher,
     NormShape,
@@ -292,8 +291,7 @@ class Checks:
             torch.zeros_like(cache).to(torch.float8_e4m3fn), torch.zeros(cache.shape[:-1]).cuda()
         )
         e4m3_queries = torch.zeros_like(queries)
-        args[6], args[8] = e4m3_queries, KvCache.of(quantized)
-        self.kernels.launch("rope_store_kv_e4m3", tokens, 256, args)
+        self.launch.rope_store_kv(qkv, tables, positions, slots, e4m3_queries, quantized, shape)
         self.expect_equal("rope_store_kv_e4m3: queries", e4m3_queries, queries)
         # A row is off by 2.6% on average, and its largest element by nothing but the scale's rounding.
         wide = quantized.double()
