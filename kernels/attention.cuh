@@ -447,3 +447,34 @@ struct Accumulator {
     }
   }
 };
+
+// The kernels attention_KIND_HEAD and, of a cache in e4m3, attention_KIND_e4m3_HEAD: a block attends to one item and kv
+// head by the file's `attend`.
+#define ATTENTION_KERNEL(NAME, THREADS, ELEMENT, HEAD)                                                               \
+  KERNEL(THREADS, NAME)(const bf16* q, KvCache<ELEMENT> cache, const uint32_t* block_tables,                         \
+                        const AttentionItem* items, AttentionShape shape, bf16* out, Softmax* partial_softmax,       \
+                        float* partial_output) {                                                                     \
+    wait_for_previous_kernel();                                                                                      \
+    let_next_kernel_start();                                                                                         \
+    const AttentionItem& item = items[blockIdx.x];                                                                   \
+    if (item.num_tokens == 0) return;                                                                                \
+    attend<HEAD>(item, q, cache, block_tables, shape, out, partial_softmax, partial_output);                         \
+  }                                                                                                                  \
+  REGISTER_KERNEL(NAME)
+
+#define ATTENTION_BF16_KERNELS(KIND, THREADS)                                                                        \
+  ATTENTION_KERNEL(attention_##KIND##_16, THREADS, bf16, 16)                                                         \
+  ATTENTION_KERNEL(attention_##KIND##_32, THREADS, bf16, 32)                                                         \
+  ATTENTION_KERNEL(attention_##KIND##_64, THREADS, bf16, 64)                                                         \
+  ATTENTION_KERNEL(attention_##KIND##_128, THREADS, bf16, 128)
+
+#ifdef HAS_E4M3
+#define ATTENTION_KERNELS(KIND, THREADS)                                                                             \
+  ATTENTION_BF16_KERNELS(KIND, THREADS)                                                                              \
+  ATTENTION_KERNEL(attention_##KIND##_e4m3_16, THREADS, e4m3, 16)                                                    \
+  ATTENTION_KERNEL(attention_##KIND##_e4m3_32, THREADS, e4m3, 32)                                                    \
+  ATTENTION_KERNEL(attention_##KIND##_e4m3_64, THREADS, e4m3, 64)                                                    \
+  ATTENTION_KERNEL(attention_##KIND##_e4m3_128, THREADS, e4m3, 128)
+#else
+#define ATTENTION_KERNELS(KIND, THREADS) ATTENTION_BF16_KERNELS(KIND, THREADS)
+#endif

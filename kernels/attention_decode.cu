@@ -95,24 +95,4 @@ DEVICE void attend(const AttentionItem& item, const bf16* q, const KvCache<Eleme
   }
 }
 
-#define ATTENTION_DECODE(NAME, ELEMENT, HEAD)                                                                        \
-  KERNEL(WARP, NAME)(const bf16* q, KvCache<ELEMENT> cache, const uint32_t* block_tables, const AttentionItem* items, \
-                     AttentionShape shape, bf16* out, Softmax* partial_softmax, float* partial_output) {             \
-    wait_for_previous_kernel();                                                                                      \
-    let_next_kernel_start();                                                                                         \
-    const AttentionItem& item = items[blockIdx.x];                                                                   \
-    if (item.num_tokens == 0) return;                                                                                \
-    attend<HEAD>(item, q, cache, block_tables, shape, out, partial_softmax, partial_output);                         \
-  }                                                                                                                  \
-  REGISTER_KERNEL(NAME)
-
-ATTENTION_DECODE(attention_decode_16, bf16, 16)
-ATTENTION_DECODE(attention_decode_32, bf16, 32)
-ATTENTION_DECODE(attention_decode_64, bf16, 64)
-ATTENTION_DECODE(attention_decode_128, bf16, 128)
-#ifdef HAS_E4M3
-ATTENTION_DECODE(attention_decode_e4m3_16, e4m3, 16)
-ATTENTION_DECODE(attention_decode_e4m3_32, e4m3, 32)
-ATTENTION_DECODE(attention_decode_e4m3_64, e4m3, 64)
-ATTENTION_DECODE(attention_decode_e4m3_128, e4m3, 128)
-#endif
+ATTENTION_KERNELS(decode, WARP)

@@ -67,25 +67,4 @@ DEVICE void attend(const AttentionItem& item, const bf16* q, const KvCache<Eleme
   }
 }
 
-#define ATTENTION_PREFILL(NAME, ELEMENT, HEAD)                                                                       \
-  KERNEL(PREFILL_THREADS, NAME)(const bf16* q, KvCache<ELEMENT> cache, const uint32_t* block_tables,                 \
-                                const AttentionItem* items, AttentionShape shape, bf16* out,                         \
-                                Softmax* partial_softmax, float* partial_output) {                                   \
-    wait_for_previous_kernel();                                                                                      \
-    let_next_kernel_start();                                                                                         \
-    const AttentionItem& item = items[blockIdx.x];                                                                   \
-    if (item.num_tokens == 0) return;                                                                                \
-    attend<HEAD>(item, q, cache, block_tables, shape, out, partial_softmax, partial_output);                         \
-  }                                                                                                                  \
-  REGISTER_KERNEL(NAME)
-
-ATTENTION_PREFILL(attention_prefill_16, bf16, 16)
-ATTENTION_PREFILL(attention_prefill_32, bf16, 32)
-ATTENTION_PREFILL(attention_prefill_64, bf16, 64)
-ATTENTION_PREFILL(attention_prefill_128, bf16, 128)
-#ifdef HAS_E4M3
-ATTENTION_PREFILL(attention_prefill_e4m3_16, e4m3, 16)
-ATTENTION_PREFILL(attention_prefill_e4m3_32, e4m3, 32)
-ATTENTION_PREFILL(attention_prefill_e4m3_64, e4m3, 64)
-ATTENTION_PREFILL(attention_prefill_e4m3_128, e4m3, 128)
-#endif
+ATTENTION_KERNELS(prefill, PREFILL_THREADS)
