@@ -149,12 +149,21 @@ pub(crate) fn integer_at(path: &str, value: &Value, range: RangeInclusive<i64>) 
     }
 }
 
-/// The integer that a JSON number spells; one too long for 64 bits was read as a float, which may have been rounded
-/// onto the end of their range, and saturates beyond it.
+/// The integer that a JSON number is, 1.0 and 1e2 too, as JSON schema has it; one too long for 64 bits was read as a
+/// float, which may have been rounded onto the end of their range, and saturates beyond it.
 fn as_integer(number: &Number) -> Option<i128> {
     let beyond = |float: f64| (float as i128).saturating_add(float.signum() as i128);
-    let wide = |number: &Number| number.as_f64().filter(|float| float.abs() >= 2f64.powi(63)).map(beyond);
-    number.as_i64().map(i128::from).or(number.as_u64().map(i128::from)).or_else(|| wide(number))
+    let whole = |float: f64| if float.abs() >= 2f64.powi(63) { beyond(float) } else { float as i128 };
+    let spelled = number.as_i64().map(i128::from).or(number.as_u64().map(i128::from));
+    spelled.or_else(|| number.as_f64().filter(|float| float.fract() == 0.0).map(whole))
+}
+
+/// The integer that a value is, if it is one below `end`.
+pub(crate) fn index_below(value: &Value, end: usize) -> Option<u32> {
+    let Value::Number(number) = value else { return None };
+    as_integer(number)
+        .filter(|index| (0..end as i128).contains(index))
+        .and_then(|index| index.try_into().ok())
 }
 
 pub(crate) fn number_at(path: &str, value: &Value, range: RangeInclusive<f64>) -> Result<f64, ApiError> {
@@ -254,6 +263,8 @@ mod tests {
         };
         check("1", Ok(Some(1)));
         check("128", Ok(Some(128)));
+        check("2.0", Ok(Some(2)));
+        check("1e2", Ok(Some(100)));
         check("null", Ok(None));
         for low in ["-1", "0", "-9223372036854775808", "-1180591620717411303424"] {
             check(low, Err("integer_below_min_value"));

@@ -27,7 +27,19 @@ pub(super) fn chat() -> Vec<Value> {
             "stream_options": {"include_usage": true, "continuous_usage_stats": true},
         }),
     ];
-    plain.into_iter().chain(steered(&bound_chat())).collect()
+    let chosen = tool_choices().into_iter().map(|choice| {
+        let mut body = plain[1].clone();
+        body["tool_choice"] = choice;
+        body
+    });
+    let chosen: Vec<Value> = chosen.collect();
+    plain.into_iter().chain(chosen).chain(steered(&bound_chat())).collect()
+}
+
+/// What is no plain word.
+fn tool_choices() -> [Value; 2] {
+    let named = json!({"type": "function", "function": {"name": "get_weather"}});
+    [named.clone(), json!({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [named]}})]
 }
 
 /// A chat whose answer is bound.
@@ -65,15 +77,17 @@ fn steered(body: &Value) -> Vec<Value> {
 
 pub(super) fn analysis() -> Vec<Value> {
     let text = json!({"name": "story", "text": "Once upon a time"});
-    let mut chat = chat_tokens();
-    chat["name"] = json!("chat");
+    let mut chats = conversations();
+    chats.iter_mut().for_each(|chat| chat["name"] = json!("chat"));
     let ablation = |body: Value| json!({"name": "other", "moe": body["moe"]});
     let ablations: Vec<Value> = steered(&json!({})).into_iter().map(ablation).collect();
-    vec![
+    let texts: Vec<Value> = [text].into_iter().chain(chats).collect();
+    let mut bodies = conversations();
+    bodies.extend([
         json!({"text": "Once upon a time", "layers": [0], "tokens": true}),
-        json!({"texts": [text, chat], "ablations": ablations}),
-        chat_tokens(),
-    ]
+        json!({"texts": texts, "ablations": ablations}),
+    ]);
+    bodies
 }
 
 pub(super) fn completion() -> Vec<Value> {
@@ -143,14 +157,18 @@ pub(super) fn message_count() -> Vec<Value> {
 }
 
 pub(super) fn tokenize() -> Vec<Value> {
-    vec![json!({"prompt": "Hello", "add_special_tokens": false}), chat_tokens()]
+    let mut bodies = conversations();
+    bodies.push(json!({"prompt": "Hello", "add_special_tokens": false}));
+    bodies
 }
 
-fn chat_tokens() -> Value {
-    let mut body = chat().swap_remove(1);
-    let Value::Object(fields) = &mut body else { return body };
-    fields.retain(|name, _| name == "messages" || name.starts_with("tool"));
-    body
+/// Messages and tools alone.
+fn conversations() -> Vec<Value> {
+    let mut bodies: Vec<Value> = chat().into_iter().filter(|body| body.get("tools").is_some()).collect();
+    for fields in bodies.iter_mut().filter_map(Value::as_object_mut) {
+        fields.retain(|name, _| name == "messages" || name.starts_with("tool"));
+    }
+    bodies
 }
 
 pub(super) fn detokenize() -> Vec<Value> {

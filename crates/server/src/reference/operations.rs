@@ -5,11 +5,11 @@ use serde_json::Value;
 use utoipa::openapi::content::ContentBuilder;
 use utoipa::openapi::path::{HttpMethod, OperationBuilder, ParameterBuilder, ParameterIn, PathItem};
 use utoipa::openapi::request_body::RequestBodyBuilder;
-use utoipa::openapi::schema::Type;
-use utoipa::openapi::{ObjectBuilder, Paths, PathsBuilder, Required, ResponseBuilder};
+use utoipa::openapi::{Paths, PathsBuilder, Required, ResponseBuilder};
 
-use super::schema::{Named, closed, string};
+use super::schema::{Named, closed, integer, string, word};
 use super::{bodies, examples};
+use crate::api::responses::stored::MAX_LIMIT;
 use crate::state::AppState;
 
 struct Body {
@@ -28,7 +28,7 @@ pub(super) fn paths(state: &AppState) -> Paths {
         } else {
             HttpMethod::Get
         };
-        paths = paths.path(path, PathItem::new(method, operation(path, about, body)));
+        paths = paths.path(path, PathItem::new(method, operation(state, path, about, body)));
     }
     paths.build()
 }
@@ -70,20 +70,29 @@ fn operations(state: &AppState) -> Vec<(Method, &'static str, &'static str, Opti
     ]
 }
 
-fn operation(path: &str, about: &str, body: Option<Body>) -> OperationBuilder {
+fn operation(state: &AppState, path: &str, about: &str, body: Option<Body>) -> OperationBuilder {
     let mut operation = OperationBuilder::new()
         .summary(Some(about))
         .response("200", ResponseBuilder::new().description("The answer"))
         .response("4XX", ResponseBuilder::new().description("`error` says what is wrong, and where"));
     if path.contains("{id}") {
         let id = ParameterBuilder::new().name("id").parameter_in(ParameterIn::Path).required(Required::True);
-        operation = operation.parameter(id.schema(Some(string("An answer's id, or a model's name"))));
+        let of = if path.contains("models") {
+            word(&[&state.config.model_name], "The served model")
+        } else {
+            string("An answer's id")
+        };
+        operation = operation.parameter(id.schema(Some(of)));
     }
     if path.ends_with("input_items") {
-        for (name, about) in [("order", "asc or desc"), ("limit", "1 to 100"), ("after", "An item's id")] {
+        let queries = [
+            ("order", word(&["asc", "desc"], "Default: desc")),
+            ("limit", integer(1..=MAX_LIMIT as i64, "Items of a page")),
+            ("after", string("An item's id")),
+        ];
+        for (name, of) in queries {
             let query = ParameterBuilder::new().name(name).parameter_in(ParameterIn::Query);
-            let of = ObjectBuilder::new().schema_type(Type::String);
-            operation = operation.parameter(query.description(Some(about)).schema(Some(of)));
+            operation = operation.parameter(query.schema(Some(of)));
         }
     }
     let Some(body) = body else { return operation };

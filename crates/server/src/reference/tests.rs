@@ -110,7 +110,10 @@ fn at_first(path: &str) -> String {
 
 /// Whether a schema says what the handler takes.
 fn agrees(schema: &Value, kind: Kind) -> bool {
-    let is = |name: &str| schema["type"] == name;
+    let is = |name: &str| match schema["oneOf"].as_array() {
+        Some(variants) => variants.iter().all(|variant| variant["type"] == name),
+        None => schema["type"] == name,
+    };
     let within = |min: f64, max: f64| {
         schema["minimum"].as_f64() == Some(min) && schema["maximum"].as_f64() == Some(max)
     };

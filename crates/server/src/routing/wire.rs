@@ -15,7 +15,7 @@ use model::{RouteShape, RoutingRecord};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::api::fields::{Fields, list_at, missing, number_at, wrong_type, wrong_value};
+use crate::api::fields::{Fields, index_below, list_at, missing, number_at, wrong_type, wrong_value};
 use crate::api::params::required;
 use crate::error::ApiError;
 
@@ -121,9 +121,7 @@ pub(crate) fn take_layers(
 ) -> Result<Option<Vec<u32>>, ApiError> {
     let path = fields.path(name);
     let Some(values) = fields.list(name, num_layers)? else { return Ok(None) };
-    let layer =
-        |value: &Value| value.as_u64().filter(|&layer| layer < num_layers as u64).map(|layer| layer as u32);
-    let layers: Option<Vec<u32>> = values.iter().map(layer).collect();
+    let layers: Option<Vec<u32>> = values.iter().map(|value| index_below(value, num_layers)).collect();
     match layers.filter(|layers| !layers.is_empty() && layers.is_sorted_by(|a, b| a < b)) {
         Some(layers) => Ok(Some(layers)),
         None => Err(wrong_value(
@@ -198,8 +196,7 @@ fn same_len(path: &str, found: usize, expected: usize) -> Result<(), ApiError> {
 /// Experts by their ids, each within the layer.
 pub(crate) fn expert_ids(path: &str, ids: Value, num_experts: usize) -> Result<Vec<u32>, ApiError> {
     let ids = list_at(path, ids, num_experts)?;
-    let id = |value: &Value| value.as_u64().filter(|&id| id < num_experts as u64).map(|id| id as u32);
-    let ids: Option<Vec<u32>> = ids.iter().map(id).collect();
+    let ids: Option<Vec<u32>> = ids.iter().map(|id| index_below(id, num_experts)).collect();
     ids.ok_or_else(|| wrong_value(path, &format!("expected ids of experts from 0 to {}", num_experts - 1)))
 }
 

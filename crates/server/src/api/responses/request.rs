@@ -47,7 +47,7 @@ pub(crate) const SHARED: [&str; 29] = [
     "max_output_tokens",
 ];
 /// What `include` may name: the one that there is, and one that asks for something that never is.
-const INCLUDABLE: [&str; 2] = [LOGPROBS, "reasoning.encrypted_content"];
+pub(crate) const INCLUDABLE: [&str; 2] = [LOGPROBS, "reasoning.encrypted_content"];
 const LOGPROBS: &str = "message.output_text.logprobs";
 
 /// A response as it was asked for.

@@ -17,7 +17,7 @@ use crate::stored::StoredResponse;
 
 /// Items of a page, if the client does not say.
 const DEFAULT_LIMIT: usize = 20;
-const MAX_LIMIT: usize = 100;
+pub(crate) const MAX_LIMIT: usize = 100;
 
 /// Where one response goes when it is complete.
 pub(super) struct Shelf {
