@@ -59,12 +59,16 @@ pub struct ExpertLoad {
     pub num_tokens: u64,
     /// Sum of their gate weights, which decides how much of the layer's output is its own.
     pub gate_weight: f64,
+    /// Tokens that the tiles of its products have room for. A tile reads weights once, and costs the same or nearly
+    /// so however full it is.
+    pub tile_rows: u64,
 }
 
 impl AddAssign for ExpertLoad {
     fn add_assign(&mut self, other: Self) {
         self.num_tokens += other.num_tokens;
         self.gate_weight += other.gate_weight;
+        self.tile_rows += other.tile_rows;
     }
 }
 
@@ -106,11 +110,12 @@ impl Routing {
         self.expert_offsets[expert] as usize..self.expert_offsets[expert + 1] as usize
     }
 
-    /// What `expert` has to do.
+    /// What `expert` has to do, token by token.
     pub fn load(&self, expert: usize) -> ExpertLoad {
         let assignments = &self.permutation[self.expert_range(expert)];
         let weights = assignments.iter().map(|&assignment| f64::from(self.topk_weights[assignment as usize]));
-        ExpertLoad { num_tokens: assignments.len() as u64, gate_weight: weights.sum() }
+        let num_tokens = assignments.len() as u64;
+        ExpertLoad { num_tokens, gate_weight: weights.sum(), tile_rows: num_tokens }
     }
 
     /// Forgets all tokens; those that come next have `width` entries each.

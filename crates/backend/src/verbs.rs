@@ -314,8 +314,8 @@ pub trait Backend: Send + 'static {
         routings.iter().map(read).collect()
     }
 
-    /// Adds the step's tokens per expert of one layer, and the sums of their gate weights, to `loads`
-    /// `[num_experts]`.
+    /// Adds the step's tokens per expert of one layer, the sums of their gate weights and the rows of the tiles that
+    /// they were multiplied in to `loads` `[num_experts]`.
     fn add_expert_loads(&mut self, routing: &Self::Routing, loads: &mut [ExpertLoad]) {
         let routing = self.read_routing(routing);
         for (expert, load) in loads.iter_mut().enumerate() {

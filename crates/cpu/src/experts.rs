@@ -21,6 +21,12 @@ use crate::numbers::{Element, silu};
 use crate::operand::Operand;
 use crate::simd::Simd;
 
+/// Rows that the tiles of an expert's products have room for, if it has `num_rows`.
+pub(crate) fn tile_rows(num_rows: usize, tile_tokens: usize) -> usize {
+    let in_tiles = |num_rows: usize| num_rows.next_multiple_of(tile_tokens);
+    num_rows / CALL_TOKENS * in_tiles(CALL_TOKENS) + in_tiles(num_rows % CALL_TOKENS)
+}
+
 /// `act[r] = silu(gate_e · x[r]) * (up_e · x[r])`, rows ordered by expert, for the columns of one tile.
 pub(crate) struct GateUp<'a> {
     pub(crate) x: Operand<'a>,

@@ -80,6 +80,8 @@ pub struct Cpu {
     isa: Isa,
     weights: WeightFormat,
     kv_cache: KvFormat,
+    /// Most tokens of a tile of a product.
+    tile_tokens: usize,
     packer: Packer,
     team: Team,
     scratch: Scratch,
@@ -110,6 +112,7 @@ impl Cpu {
             isa,
             weights: options.weights,
             kv_cache: options.kv_cache,
+            tile_tokens: packed::tile_tokens(isa, options.weights),
             packer: Packer::default(),
             team: Team::new(num_threads),
             scratch: Scratch::default(),
@@ -437,7 +440,9 @@ impl Backend for Cpu {
 
     fn add_expert_loads(&mut self, routing: &Routing, loads: &mut [ExpertLoad]) {
         for (expert, load) in loads.iter_mut().enumerate() {
-            *load += routing.routing.load(expert);
+            let of_step = routing.routing.load(expert);
+            let tile_rows = experts::tile_rows(of_step.num_tokens as usize, self.tile_tokens) as u64;
+            *load += ExpertLoad { tile_rows, ..of_step };
         }
     }
 }

@@ -181,6 +181,25 @@ impl<B: Block> Panels<B> {
     }
 }
 
+/// Most tokens of a tile of a product with weights in this format.
+pub(crate) fn tile_tokens(isa: Isa, format: WeightFormat) -> usize {
+    let mut tokens = 0;
+    isa.run(TileTokens { format, tokens: &mut tokens });
+    tokens
+}
+
+struct TileTokens<'a> {
+    format: WeightFormat,
+    tokens: &'a mut usize,
+}
+
+impl Kernel for TileTokens<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, _simd: S) {
+        *self.tokens = if self.format.is_quantised() { S::QUAD_TOKENS } else { S::PAIR_TOKENS };
+    }
+}
+
 /// Packs stacked views on all threads.
 fn pack_views<B: Block>(views: &[WeightView], isa: Isa, team: &mut Team) -> Result<Bytes, BackendError> {
     let num_rows: usize = views.iter().map(|view| view.rows).sum();

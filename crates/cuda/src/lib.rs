@@ -32,7 +32,7 @@ use crate::attention::{MAX_PARTIALS, Plan, PlanShape};
 use crate::device::{Buffer, Device, Grid};
 use crate::graphs::{Graphs, RecordedShape};
 use crate::kernels::{AttentionArguments, Epilogue, KvArguments, NormShape, RouteArguments, RoutingTables};
-use crate::products::{Rows, multiply};
+use crate::products::{Rows, multiply, tile_tokens};
 use crate::quantized::{QuantizedRows, Source};
 use crate::sample::Sampler;
 use crate::step::StepBuffers;
@@ -293,15 +293,21 @@ impl Cuda {
 
     /// The experts and weights of all tokens of a layer.
     fn read_layer(&mut self, routing: &Routing) -> LayerChoices {
-        // The handle knows its tokens only if the step was not a replay; a replayed step has no empty entries.
-        let (num_entries, width) = match self.steered_width {
-            0 => (self.host_counts[routing.first_count + routing.num_experts] as usize, routing.top_k),
-            _ => (routing.num_rows(), routing.width),
-        };
+        let num_entries = self.num_rows_read(routing);
+        let width = if self.steered_width == 0 { routing.top_k } else { routing.width };
         let (mut ids, mut weights) = (vec![0; num_entries], vec![0.0; num_entries]);
         self.device.read(&routing.tables, 0, &mut ids);
         self.device.read(&routing.tables, routing.table_bytes(), &mut weights);
         LayerChoices { width, ids, weights }
+    }
+
+    /// Rows of the layer's products in the step just finished. The handle knows its tokens only if the step was not a
+    /// replay; a replayed step has no empty entries.
+    fn num_rows_read(&self, routing: &Routing) -> usize {
+        match self.steered_width {
+            0 => self.host_counts[routing.first_count + routing.num_experts] as usize,
+            _ => routing.num_rows(),
+        }
     }
 
     fn offsets_of(&self, routing: &Routing) -> u64 {
@@ -726,9 +732,13 @@ impl Backend for Cuda {
     fn add_expert_loads(&mut self, routing: &Routing, loads: &mut [ExpertLoad]) {
         let counts = &self.host_counts[routing.first_count..][..2 * routing.num_experts + 1];
         let (offsets, gate_sums) = counts.split_at(routing.num_experts + 1);
+        let num_rows = self.num_rows_read(routing);
+        let tile_tokens = tile_tokens(&self.device, num_rows, routing.num_experts) as u32;
         for ((load, ends), &gate_sum) in loads.iter_mut().zip(offsets.windows(2)).zip(gate_sums) {
             let gate_weight = f64::from(f32::from_bits(gate_sum));
-            *load += ExpertLoad { num_tokens: u64::from(ends[1] - ends[0]), gate_weight };
+            let num_tokens = ends[1] - ends[0];
+            let tile_rows = u64::from(num_tokens.next_multiple_of(tile_tokens));
+            *load += ExpertLoad { num_tokens: u64::from(num_tokens), gate_weight, tile_rows };
         }
     }
 }

@@ -83,6 +83,11 @@ pub(crate) fn multiply(device: &mut Device, weights: &Matrix, rows: Rows, epilog
     }
 }
 
+/// Tokens of a tile of [`multiply`], which has so many rows for so many experts.
+pub(crate) fn tile_tokens(device: &Device, num_rows: usize, num_experts: usize) -> usize {
+    choose_tile(kernels::tiles(device.has_wgmma), num_rows, num_experts).tokens
+}
+
 /// The narrowest tile that holds twice an expert's share of the rows, because experts are not equally popular; or all
 /// rows if that is less. Measured: `kernels/README.md`.
 fn choose_tile(tiles: &'static [Tile], num_rows: usize, num_experts: usize) -> &'static Tile {

@@ -194,7 +194,7 @@ impl FakeRunner {
         let mut loads = vec![ExpertLoad::default(); num_layers * num_experts];
         for (layer, loads) in loads.chunks_exact_mut(num_experts).enumerate() {
             for expert in batch.token_ids.iter().flat_map(|&token| self.experts(layer, token)) {
-                loads[expert] += ExpertLoad { num_tokens: 1, gate_weight: 1.0 / top_k as f64 };
+                loads[expert] += ExpertLoad { num_tokens: 1, gate_weight: 1.0 / top_k as f64, tile_rows: 1 };
             }
         }
         loads

@@ -29,6 +29,8 @@ pub struct LayerStats {
     pub imbalance: f64,
     /// Entropy in bits of the experts' shares of a step's tokens; log2 of their number is even.
     pub entropy_bits: f64,
+    /// Tokens that the tiles of the experts' products had room for.
+    pub tile_rows: u64,
 }
 
 impl LayerStats {
@@ -46,6 +48,7 @@ impl LayerStats {
             num_distinct_experts: shares.clone().count() as u64,
             imbalance: largest * loads.len() as f64,
             entropy_bits: shares.map(|share| -share * share.log2()).sum(),
+            tile_rows: loads.iter().map(|load| load.tile_rows).sum(),
         }
     }
 }
@@ -61,6 +64,7 @@ pub(crate) struct SharedRoutingStats {
 struct SharedLoad {
     num_tokens: AtomicU64,
     gate_weight: Real,
+    tile_rows: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -69,6 +73,7 @@ struct SharedLayer {
     num_distinct_experts: AtomicU64,
     imbalance: Real,
     entropy_bits: Real,
+    tile_rows: AtomicU64,
 }
 
 /// A real number that one thread adds to.
@@ -99,6 +104,7 @@ impl SharedRoutingStats {
         for (shared, load) in self.experts.iter().zip(loads) {
             shared.num_tokens.fetch_add(load.num_tokens, Relaxed);
             shared.gate_weight.add(load.gate_weight);
+            shared.tile_rows.fetch_add(load.tile_rows, Relaxed);
         }
         let num_experts = self.experts.len() / self.layers.len().max(1);
         for (shared, loads) in self.layers.iter().zip(loads.chunks_exact(num_experts.max(1))) {
@@ -107,6 +113,7 @@ impl SharedRoutingStats {
             shared.num_distinct_experts.fetch_add(step.num_distinct_experts, Relaxed);
             shared.imbalance.add(step.imbalance);
             shared.entropy_bits.add(step.entropy_bits);
+            shared.tile_rows.fetch_add(step.tile_rows, Relaxed);
         }
     }
 
@@ -114,12 +121,14 @@ impl SharedRoutingStats {
         let load = |shared: &SharedLoad| ExpertLoad {
             num_tokens: shared.num_tokens.load(Relaxed),
             gate_weight: shared.gate_weight.get(),
+            tile_rows: shared.tile_rows.load(Relaxed),
         };
         let layer = |shared: &SharedLayer| LayerStats {
             num_steps: shared.num_steps.load(Relaxed),
             num_distinct_experts: shared.num_distinct_experts.load(Relaxed),
             imbalance: shared.imbalance.get(),
             entropy_bits: shared.entropy_bits.get(),
+            tile_rows: shared.tile_rows.load(Relaxed),
         };
         RoutingStats {
             experts: self.experts.iter().map(load).collect(),
@@ -138,14 +147,31 @@ mod tests {
         let limits = RunnerLimits { num_layers: 2, num_experts: 4, ..limits() };
         let stats = SharedRoutingStats::new(&limits);
         let loads = |counts: [u64; 8]| {
-            counts.map(|num_tokens| ExpertLoad { num_tokens, gate_weight: num_tokens as f64 / 2.0 })
+            // In tiles of 4 tokens.
+            counts.map(|num_tokens| ExpertLoad {
+                num_tokens,
+                gate_weight: num_tokens as f64 / 2.0,
+                tile_rows: num_tokens.next_multiple_of(4),
+            })
         };
         stats.add(&loads([1, 1, 1, 1, 8, 0, 0, 0]));
         stats.add(&loads([2, 2, 0, 0, 0, 0, 0, 0]));
         let RoutingStats { experts, layers } = stats.snapshot();
-        assert_eq!(experts[0], ExpertLoad { num_tokens: 3, gate_weight: 1.5 });
-        let first = LayerStats { num_steps: 2, num_distinct_experts: 6, imbalance: 3.0, entropy_bits: 3.0 };
-        let second = LayerStats { num_steps: 1, num_distinct_experts: 1, imbalance: 4.0, entropy_bits: 0.0 };
+        assert_eq!(experts[0], ExpertLoad { num_tokens: 3, gate_weight: 1.5, tile_rows: 8 });
+        let first = LayerStats {
+            num_steps: 2,
+            num_distinct_experts: 6,
+            imbalance: 3.0,
+            entropy_bits: 3.0,
+            tile_rows: 24,
+        };
+        let second = LayerStats {
+            num_steps: 1,
+            num_distinct_experts: 1,
+            imbalance: 4.0,
+            entropy_bits: 0.0,
+            tile_rows: 8,
+        };
         assert_eq!(layers, [first, second]);
     }
 }

@@ -151,6 +151,12 @@ pub(super) const DEFINITIONS: &[Definition] = &[
         "sum of the gate weights of those tokens, by layer and expert",
         None,
     ),
+    define(
+        "windrose_expert_tile_rows_total",
+        "counter",
+        "tokens that the tiles of the experts' products had room for, by layer",
+        None,
+    ),
     define("windrose_routing_steps_total", "counter", "steps in which a layer routed tokens, by layer", None),
     define(
         "windrose_routing_distinct_experts_total",

@@ -1,7 +1,7 @@
 //! The series of the routers, copied from the engine's [`RoutingStats`].
 //!
-//! There are two per layer and expert and four per layer, whatever is served: 640 series for Mixtral 8x7B. All are
-//! counters, so that a range of time has means: distinct experts, imbalance and entropy per step, tokens per expert.
+//! There are two per layer and expert and five per layer, whatever is served: 672 series for Mixtral 8x7B. All are
+//! counters, so that a range of time has means: distinct experts, imbalance and entropy per step, tokens per expert, fill of tiles.
 
 use engine::{LayerStats, RoutingStats};
 use model::{ExpertLoad, RunnerLimits};
@@ -24,7 +24,7 @@ struct ExpertSeries {
 }
 
 struct LayerSeries {
-    integers: [Read<LayerStats, IntCounter, u64>; 2],
+    integers: [Read<LayerStats, IntCounter, u64>; 3],
     reals: [Read<LayerStats, Counter, f64>; 2],
 }
 
@@ -34,6 +34,7 @@ impl RoutingSeries {
         let gate_weight = new.real_counters("windrose_expert_gate_weight_total", &["layer", "expert"])?;
         let num_steps = new.counters("windrose_routing_steps_total", &["layer"])?;
         let num_distinct = new.counters("windrose_routing_distinct_experts_total", &["layer"])?;
+        let tile_rows = new.counters("windrose_expert_tile_rows_total", &["layer"])?;
         let imbalance = new.real_counters("windrose_routing_imbalance_total", &["layer"])?;
         let entropy = new.real_counters("windrose_routing_entropy_bits_total", &["layer"])?;
 
@@ -49,6 +50,7 @@ impl RoutingSeries {
             integers: [
                 (of_layer(&num_steps, layer), |stats| stats.num_steps),
                 (of_layer(&num_distinct, layer), |stats| stats.num_distinct_experts),
+                (of_layer(&tile_rows, layer), |stats| stats.tile_rows),
             ],
             reals: [
                 (of_layer(&imbalance, layer), |stats| stats.imbalance),
@@ -62,7 +64,7 @@ impl RoutingSeries {
     }
 
     pub(super) fn copy(&self, stats: &RoutingStats) {
-        for (series, &ExpertLoad { num_tokens, gate_weight }) in self.experts.iter().zip(&stats.experts) {
+        for (series, &ExpertLoad { num_tokens, gate_weight, .. }) in self.experts.iter().zip(&stats.experts) {
             raise(&series.num_tokens, num_tokens);
             raise(&series.gate_weight, gate_weight);
         }

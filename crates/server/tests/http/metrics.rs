@@ -8,7 +8,7 @@ use server::metric_names;
 use crate::support::{Server, ids, say, scripted, server};
 
 /// The contract. A name may be added; none may change or go.
-const GOLDEN: [(&str, &str); 43] = [
+const GOLDEN: [(&str, &str); 44] = [
     ("vllm:cache_config_info", "gauge"),
     ("vllm:e2e_request_latency_seconds", "histogram"),
     ("vllm:generation_tokens_total", "counter"),
@@ -32,6 +32,7 @@ const GOLDEN: [(&str, &str); 43] = [
     ("windrose_expert_gate_weight_total", "counter"),
     ("windrose_routing_steps_total", "counter"),
     ("windrose_routing_distinct_experts_total", "counter"),
+    ("windrose_expert_tile_rows_total", "counter"),
     ("windrose_routing_imbalance_total", "counter"),
     ("windrose_routing_entropy_bits_total", "counter"),
     ("windrose_generation_tokens_total", "counter"),

@@ -98,7 +98,7 @@ mod tests {
 
         let mut one_token = vec![ExpertLoad::default(); config.num_layers * config.route.num_experts];
         for layer in one_token.chunks_mut(config.route.num_experts) {
-            layer[..config.route.top_k].fill(ExpertLoad { num_tokens: 1, gate_weight: 0.5 });
+            layer[..config.route.top_k].fill(ExpertLoad { num_tokens: 1, gate_weight: 0.5, tile_rows: 1 });
         }
         assert_eq!(cost.weight_bytes(1, &one_token), 2 * expected);
         assert_eq!(cost.operations(1, 1), 2 * expected);
