@@ -210,6 +210,32 @@ def test_the_model_calls_the_same_tools_when_they_are_strict_or_required(server:
             assert [{"name": f.name, "arguments": json.loads(f.arguments)} for f in functions] == expected
 
 
+def test_a_model_that_calls_of_its_own_accord_calls_what_is_offered(server: Server) -> None:
+    client = server.client()
+    tools = [{"type": "function", "function": {"name": name}} for name in ("red_one", "blue_one")]
+    # The conversation has a call of a tool that is not offered any more, and is forced to call again.
+    called = {"id": "abcdefghi", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    messages = [
+        {"role": "user", "content": "Add 1."},
+        {"role": "assistant", "tool_calls": [called]},
+        {"role": "tool", "tool_call_id": "abcdefghi", "content": "1"},
+        {"role": "assistant", "content": "1"},
+        *ASK,
+    ]
+    vocabulary = json.loads((REPOSITORY / "crates/demo/model/tokenizer.json").read_text())["added_tokens"]
+    calls_token = next(token["id"] for token in vocabulary if token["content"] == "[TOOL_CALLS]")
+    body = {"model": MODEL, "messages": messages, "tools": tools, "logit_bias": {calls_token: 100}}
+    num_calls = 0
+    for temperature in (0, 1, 2):
+        settings = {"temperature": temperature, "n": 8, "seed": 5, "max_tokens": 60}
+        for choice in client.chat.completions.create(**body, **settings).choices:
+            calls = choice.message.tool_calls or []
+            assert {call.function.name for call in calls} <= {"red_one", "blue_one"}
+            assert choice.finish_reason == "length" or calls
+            num_calls += len(calls)
+    assert num_calls > 8
+
+
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
 def test_forced_calls_fit_their_tools_whole_and_streamed(server: Server, temperature: float) -> None:
     client = server.client()

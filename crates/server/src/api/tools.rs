@@ -1,8 +1,10 @@
 //! The tools that a chat offers, and whether the model may, must or must not call them.
 //!
 //! Tools go to the chat template as the client wrote them. A model that may call (`auto`) does so when it
-//! likes; one that must (`required`, a named tool) begins with the token of calls. Arguments follow the schema
-//! of their tool where a call is forced or the tool is `strict`; elsewhere they are the model's own affair.
+//! likes; one that must (`required`, a named tool) begins with the token of calls. What it then calls is a tool that
+//! was offered, with an object for arguments: clients look names up, and a model may have read others in the
+//! conversation. Arguments follow the schema of their tool where a call is forced or the tool is `strict`; elsewhere
+//! they are the model's own affair.
 
 use serde_json::{Value, json};
 
@@ -28,8 +30,6 @@ pub(crate) struct Tools {
     pub(crate) is_forced: bool,
     /// The answer must be a call of one tool that the client named.
     pub(crate) is_named: bool,
-    /// Not all that are offered may be called.
-    is_subset: bool,
 }
 
 /// A tool that may be called.
@@ -126,7 +126,7 @@ fn choose(tools: Tools, mut choice: Fields) -> Result<Tools, ApiError> {
             if callable.is_empty() || !["auto", "required"].contains(&mode.as_str()) {
                 return Err(wrong_value(&mode_path, "expected 'auto' or 'required', and at least one tool"));
             }
-            choose_mode(Tools { callable, is_subset: true, ..tools }, &mode_path, &mode)
+            choose_mode(Tools { callable, ..tools }, &mode_path, &mode)
         }
         other => {
             let expected = "expected 'function' or 'allowed_tools', but got";
@@ -148,13 +148,9 @@ fn take_name(tools: &Tools, mut choice: Fields) -> Result<Callable, ApiError> {
 }
 
 impl Tools {
-    /// What calls are bound to; `None` if the model may write what it likes.
+    /// What calls are bound to; `None` if there is nothing to call.
     pub(crate) fn calls(&self) -> Option<Calls> {
-        let is_bound = self.is_forced
-            || self.single_call
-            || self.is_subset
-            || self.callable.iter().any(|tool| tool.is_strict);
-        if !is_bound || self.callable.is_empty() {
+        if self.callable.is_empty() {
             return None;
         }
         // A tool without parameters takes none.
