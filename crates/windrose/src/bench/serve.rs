@@ -102,6 +102,9 @@ fn request(options: &Options, model: &str, prompt: String) -> Bytes {
     if options.ignore_eos {
         body["ignore_eos"] = json!(true);
     }
+    for (name, value) in &options.extra_body {
+        body[name] = value.clone();
+    }
     body.to_string().into()
 }
 
@@ -118,6 +121,7 @@ fn load(options: &Options, client: &ApiClient, model: &str, prompts: &Prompts) -
         output_len: options.output_len,
         ignore_eos: options.ignore_eos,
         seed: options.seed,
+        extra_body: options.extra_body.clone(),
     }
 }
 

@@ -6,6 +6,7 @@ use anyhow::{Result, bail};
 use clap::builder::RangedU64ValueParser;
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, value_parser};
+use serde_json::{Map, Value};
 
 use crate::bench::plan::json_arg;
 use crate::settings::Settings;
@@ -46,6 +47,8 @@ pub(super) struct Options {
     /// Whether answers go on past their end, to `output_len`.
     pub(super) ignore_eos: bool,
     pub(super) seed: u64,
+    /// Fields that are put into every body, over what it has of the same name.
+    pub(super) extra_body: Map<String, Value>,
     /// Of one request.
     pub(super) timeout: Duration,
     /// Where JSON goes: a file, or - for standard output.
@@ -98,6 +101,7 @@ impl Options {
             output_len: expect("output_len"),
             ignore_eos: !arguments.get_flag("no_ignore_eos"),
             seed: *arguments.get_one("seed").expect("it has a default"),
+            extra_body: arguments.get_one("extra_body").cloned().unwrap_or_default(),
             timeout: Duration::from_secs(expect("timeout_s") as u64),
             json: text("json"),
         })
@@ -147,7 +151,7 @@ fn how_fast() -> [Arg; 5] {
     ]
 }
 
-fn what() -> [Arg; 5] {
+fn what() -> [Arg; 6] {
     [
         count(
             "prompt_len",
@@ -164,7 +168,14 @@ fn what() -> [Arg; 5] {
             .value_name("SEED")
             .value_parser(value_parser!(u64))
             .default_value("0"),
+        option("extra_body", "Fields of every request besides, such as {\"routing\": true}")
+            .value_name("JSON")
+            .value_parser(parse_object),
     ]
+}
+
+fn parse_object(text: &str) -> Result<Map<String, Value>, String> {
+    serde_json::from_str(text).map_err(|error| format!("expected a JSON object: {error}"))
 }
 
 fn parse_rate(text: &str) -> Result<f64, String> {
@@ -221,6 +232,7 @@ mod tests {
     fn nonsense_and_settings_of_the_server_are_refused() {
         check_refused("--request-rate 0", "at least 0.05");
         check_refused("--request-rate nan", "at least 0.05");
+        check_refused("--extra-body []", "expected a JSON object");
         check_refused("--num-requests 0", "num-requests");
         check_refused("--endpoint embeddings", "completions");
         check_refused("--threads 2", "--threads is a setting");

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use serde::Serialize;
+use serde_json::{Map, Value};
 
 use super::answer::Answer;
 use super::prompts::Unit;
@@ -55,6 +56,8 @@ pub(super) struct Load {
     pub(super) output_len: usize,
     pub(super) ignore_eos: bool,
     pub(super) seed: u64,
+    #[serde(skip_serializing_if = "Map::is_empty")]
+    pub(super) extra_body: Map<String, Value>,
 }
 
 /// Requests that failed alike.
