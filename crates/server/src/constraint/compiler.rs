@@ -94,7 +94,9 @@ impl Tokens {
     }
 }
 
-/// Fuel for a start of 20 ms and for a mask of a few, at most; an engine step waits for masks.
+/// Fuel for a start of 20 ms and for a mask of about 10 at most (`step_max_items`; a mask's share of the lexer is about
+/// 4 ms); a grammar that needs more has become too complex, and its choice ends. An engine step waits for the masks of
+/// its sequences, one after the other, so the bound is one of each of them.
 fn limits() -> ParserLimits {
     ParserLimits {
         initial_lexer_fuel: 1_000_000,
