@@ -8,6 +8,11 @@
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 use crate::simd::neon::{self, Neon};
 use crate::simd::{Portable, Simd};
+#[cfg(target_arch = "x86_64")]
+use crate::simd::{
+    amx,
+    avx512::{self, Avx512},
+};
 
 /// An instruction set that the kernels are compiled for, from the plainest to the fastest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -26,11 +31,13 @@ pub enum Isa {
     Avx512Vnni,
     /// x86-64 with AVX-512 F, BW, VNNI and BF16: 16 lanes of `vdpbf16ps` or `vpdpbusd`.
     Avx512Bf16,
+    /// The same with AMX: tiles of up to 16 tokens, `tdpbf16ps` or `tdpbsud`.
+    Avx512Amx,
 }
 
 impl Isa {
     /// All instruction sets, the fastest last.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Portable,
         Self::Neon,
         Self::NeonDotprod,
@@ -38,6 +45,7 @@ impl Isa {
         Self::Avx2,
         Self::Avx512Vnni,
         Self::Avx512Bf16,
+        Self::Avx512Amx,
     ];
 
     /// Finds the fastest instruction set that this machine has.
@@ -73,8 +81,10 @@ impl Isa {
             }
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16 => Self::Avx512Vnni.is_available() && is_x86_feature_detected!("avx512bf16"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Amx => Self::Avx512Bf16.is_available() && amx::is_available(),
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::Avx512Vnni | Self::Avx512Bf16 => false,
+            Self::Avx2 | Self::Avx512Vnni | Self::Avx512Bf16 | Self::Avx512Amx => false,
         }
     }
 
@@ -88,6 +98,7 @@ impl Isa {
             Self::Avx2 => "avx2",
             Self::Avx512Vnni => "avx512-vnni",
             Self::Avx512Bf16 => "avx512-bf16",
+            Self::Avx512Amx => "avx512-amx",
         }
     }
 
@@ -117,6 +128,9 @@ impl Isa {
             // SAFETY: the assertion above found the features that `run_avx512_bf16` enables.
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16 => unsafe { run_avx512_bf16(kernel) },
+            // SAFETY: the assertion above found the features that `run_avx512_amx` enables, and AMX.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Amx => unsafe { run_avx512_amx(kernel) },
             #[allow(unreachable_patterns)]
             _ => unreachable!("an instruction set of another architecture is never available"),
         }
@@ -153,13 +167,22 @@ fn run_avx2<K: Kernel>(kernel: K) {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vnni")]
 fn run_avx512_vnni<K: Kernel>(kernel: K) {
-    kernel.run(crate::simd::Avx512::<false>::new());
+    kernel.run(Avx512::<{ avx512::VNNI }>::new());
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512bf16,avx512vnni")]
 fn run_avx512_bf16<K: Kernel>(kernel: K) {
-    kernel.run(crate::simd::Avx512::<true>::new());
+    kernel.run(Avx512::<{ avx512::BF16 }>::new());
+}
+
+/// # Safety
+/// [`amx::is_available`], besides the features.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512bf16,avx512vnni")]
+unsafe fn run_avx512_amx<K: Kernel>(kernel: K) {
+    // SAFETY: the caller's promise.
+    kernel.run(unsafe { Avx512::<{ avx512::AMX }>::new() });
 }
 
 #[cfg(test)]

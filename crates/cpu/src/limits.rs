@@ -9,7 +9,7 @@ use backend::BackendError;
 use half::bf16;
 
 use crate::isa::Kernel;
-use crate::simd::{LANE_ROWS, PAIR, Pair, QUAD, RowPairs, Simd};
+use crate::simd::{LANE_ROWS, PAIR, Pair, QUAD, RowPairs, Simd, TILE_TOKENS, TileUse, Tiles};
 use crate::tensor::Buffer;
 use crate::{Cpu, WeightFormat};
 
@@ -93,6 +93,12 @@ struct Dot<'a> {
 impl Kernel for Dot<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
+        let purpose = if self.integers { TileUse::Quads { offset: 0 } } else { TileUse::Pairs };
+        if let Some(tiles) = simd.tiles(purpose, TILE_TOKENS) {
+            let operations: usize = (0..DOT_STEPS).map(|_| tiles.multiply()).sum();
+            self.operations.fetch_add(operations as u64, Ordering::Relaxed);
+            return;
+        }
         // Enough chains to hide the latency of two dependent multiply-adds on all ports, and few enough for the
         // registers: an instruction set with larger tiles has more of both.
         let operations = match (self.integers, S::PAIR_TOKENS) {

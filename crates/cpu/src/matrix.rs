@@ -7,6 +7,7 @@
 use std::ops::Range;
 
 use backend::{BackendError, ExpertsView, WeightData, WeightType, WeightView};
+use bytemuck::{Pod, Zeroable};
 use bytes::Bytes;
 use half::bf16;
 
@@ -25,9 +26,21 @@ pub(crate) const CALL_TOKENS: usize = 512;
 /// The sums of one [`Matrix::dot`]: for each panel of [`PANEL_ROWS`] weight rows, one row per token.
 #[derive(Default)]
 pub(crate) struct PanelSums {
-    sums: Vec<[f32; PANEL_ROWS]>,
+    sums: Vec<TokenSums>,
     num_tokens: usize,
 }
+
+/// A token's sums with a panel, which begin with a cache line: a vector across two costs twice as much.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct TokenSums([f32; PANEL_ROWS]);
+
+const _: () = assert!(size_of::<TokenSums>() == size_of::<f32>() * PANEL_ROWS);
+
+// SAFETY: numbers, for which all zeros is a value.
+unsafe impl Zeroable for TokenSums {}
+// SAFETY: numbers for which any bits are a value; the size above leaves no room for padding.
+unsafe impl Pod for TokenSums {}
 
 impl PanelSums {
     /// Zeros for a product.
@@ -35,15 +48,15 @@ impl PanelSums {
     pub(crate) fn reset(&mut self, num_weight_rows: usize, num_tokens: usize) -> &mut [[f32; PANEL_ROWS]] {
         self.num_tokens = num_tokens;
         self.sums.clear();
-        self.sums.resize(num_weight_rows.div_ceil(PANEL_ROWS) * num_tokens, [0.0; PANEL_ROWS]);
-        &mut self.sums
+        self.sums.resize(num_weight_rows.div_ceil(PANEL_ROWS) * num_tokens, Zeroable::zeroed());
+        bytemuck::cast_slice_mut(&mut self.sums)
     }
 
     /// The sums with the token and the first weight row of each, counted from the product's first.
     #[inline(always)]
     pub(crate) fn iter(&self) -> impl Iterator<Item = (usize, usize, &[f32; PANEL_ROWS])> {
         self.sums.chunks(self.num_tokens.max(1)).enumerate().flat_map(|(panel, sums)| {
-            sums.iter().enumerate().map(move |(token, sums)| (token, panel * PANEL_ROWS, sums))
+            sums.iter().enumerate().map(move |(token, TokenSums(sums))| (token, panel * PANEL_ROWS, sums))
         })
     }
 }

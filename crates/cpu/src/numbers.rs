@@ -42,7 +42,13 @@ impl Element for bf16 {
     }
 }
 
-/// Rounds a number of magnitude below 2²² to the nearest integer, ties to even, and keeps its low 8 bits.
+/// Rounds a number of magnitude below 2²² to the nearest integer, ties to even; others become any integer.
+#[inline(always)]
+pub(crate) fn nearest(x: f32) -> i32 {
+    (x + ROUND).to_bits().wrapping_sub(ROUND.to_bits()).cast_signed()
+}
+
+/// The same, of which it keeps the low 8 bits.
 #[inline(always)]
 pub(crate) fn nearest_i8(x: f32) -> i8 {
     (x + ROUND).to_bits() as i8

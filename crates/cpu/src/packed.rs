@@ -34,7 +34,7 @@ use crate::grid::{Grid, Tile};
 use crate::isa::{Isa, Kernel};
 use crate::matrix::{PanelSums, WeightFormat};
 use crate::operand::Operand;
-use crate::simd::{LANE_ROWS, Simd};
+use crate::simd::{LANE_ROWS, Simd, TILE_TOKENS};
 use crate::team::Team;
 use crate::tensor::Buffer;
 use block::{Bf16Block, Block, Q4Block, Q8Block, QuantisedBlock};
@@ -196,7 +196,11 @@ struct TileTokens<'a> {
 impl Kernel for TileTokens<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, _simd: S) {
-        *self.tokens = if self.format.is_quantised() { S::QUAD_TOKENS } else { S::PAIR_TOKENS };
+        *self.tokens = match self.format {
+            _ if S::HAS_TILES => TILE_TOKENS,
+            WeightFormat::Bf16 => S::PAIR_TOKENS,
+            WeightFormat::Q8 | WeightFormat::Q4 => S::QUAD_TOKENS,
+        };
     }
 }
 
@@ -252,7 +256,7 @@ mod tests {
     use crate::operand::{Order, Scratch};
     use crate::tensor::Tensor;
 
-    const NUM_TOKENS: usize = 18;
+    const NUM_TOKENS: usize = 50;
 
     /// A product of quantised weights as the kernels specify it, in plain loops.
     fn quantised_product(weights: &[Quantised], x: &[bf16]) -> f32 {
@@ -263,15 +267,18 @@ mod tests {
             for (x, weights) in x.chunks(GROUP).zip(weights) {
                 let quantised = x.iter().map(|x| (x.to_f32() * (127.0 / largest)).round_ties_even() as i32);
                 let products = quantised.zip(weights.values).map(|(x, w)| x * w);
-                partial += products.sum::<i32>() as f32 * weights.scale.to_f32();
+                partial = (products.sum::<i32>() as f32).mul_add(weights.scale.to_f32(), partial);
             }
-            sum += partial * (largest / 127.0);
+            sum = partial.mul_add(largest / 127.0, sum);
         }
         sum
     }
 
     /// The same of bf16 weights.
-    fn bf16_product(weights: &[bf16], x: &[bf16]) -> f32 {
+    fn bf16_product(weights: &[bf16], x: &[bf16], isa: Isa) -> f32 {
+        if isa == Isa::Avx512Amx {
+            return bf16_product_in_tiles(weights, x);
+        }
         let mut sum = 0.0;
         for (x, weights) in x.chunks(256).zip(weights.chunks(256)) {
             let mut partial = 0.0;
@@ -285,10 +292,26 @@ mod tests {
         sum
     }
 
+    /// The same on a matrix unit.
+    fn bf16_product_in_tiles(weights: &[bf16], x: &[bf16]) -> f32 {
+        let mut sum = 0.0;
+        for (x, weights) in x.chunks(GROUP).zip(weights.chunks(GROUP)) {
+            let [mut even, mut odd] = [0.0, 0.0];
+            for (x, weights) in x.chunks(2).zip(weights.chunks(2)) {
+                even += x[0].to_f32() * weights[0].to_f32();
+                if let ([_, x], [_, w]) = (x, weights) {
+                    odd += x.to_f32() * w.to_f32();
+                }
+            }
+            sum += even + odd;
+        }
+        sum
+    }
+
     /// The product of a row of weights, packed in a format, with a row of activations.
-    fn product(format: WeightFormat, weights: &[bf16], x: &[bf16]) -> f32 {
+    fn product(format: WeightFormat, weights: &[bf16], x: &[bf16], isa: Isa) -> f32 {
         if format == WeightFormat::Bf16 {
-            return bf16_product(weights, x);
+            return bf16_product(weights, x, isa);
         }
         let quantise = |weights: &[bf16]| {
             let mut padded = [0.0; GROUP];
@@ -337,7 +360,7 @@ mod tests {
         let operand = scratch.operand(&x, Order::Given, NUM_TOKENS, &packed, isa, &mut team);
 
         for cols in [0..rows.len(), 0..rows.len().min(PANEL_ROWS), PANEL_ROWS..rows.len().max(PANEL_ROWS)] {
-            for tokens in [0..1, 1..3, 2..5, 1..5, 3..8, 0..NUM_TOKENS] {
+            for tokens in [0..1, 1..3, 2..5, 1..5, 3..8, 3..19, 2..21, 0..NUM_TOKENS] {
                 let mut sums = PanelSums::default();
                 let kernel = Dot {
                     packed: &packed,
@@ -350,7 +373,7 @@ mod tests {
                 for (token, panel, sums) in sums.iter() {
                     for (col, &sum) in cols.clone().skip(panel).zip(sums) {
                         let token = tokens.start + token;
-                        let expected = product(format, rows[col], x.bf16().row(token));
+                        let expected = product(format, rows[col], x.bf16().row(token), isa);
                         let case = format!("{format:?} {} length {len}", isa.name());
                         assert_eq!(sum.to_bits(), expected.to_bits(), "{case}: row {col}, token {token}");
                     }

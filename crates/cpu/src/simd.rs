@@ -23,27 +23,29 @@
 //! sum[r]    += w·x0 + w·x1 + w·x2 + w·x3                         i32, exact
 //! ```
 //!
-//! Sums of integers are exact, and the few f32 operations on top ([`Simd::scaled`], [`Simd::add_scaled`]) round
-//! after every step, so quantised products have the same bits on every instruction set.
+//! Sums of integers are exact, and the few f32 operations on top ([`Simd::add_ints`], [`Simd::add_scaled`]) are fused
+//! multiply-adds everywhere, so quantised products have the same bits on every instruction set.
 //!
 //! A value of an instruction set's type is the proof that the machine has it: safe code can make one only in
 //! a function that enables its features. That is why the operations themselves are safe.
 
 mod portable;
+mod tiles;
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
-mod avx512;
+pub(crate) mod avx512;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 pub(crate) mod neon;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx2::Avx2;
-#[cfg(target_arch = "x86_64")]
-pub(crate) use avx512::Avx512;
 use half::{bf16, f16};
 pub(crate) use portable::Portable;
+pub(crate) use tiles::{NoTiles, PanelInts, PanelQuads, TILE_TOKENS, TileUse, Tiles};
 
 /// Rows of weights whose sums advance together, one per lane.
 pub(crate) const LANE_ROWS: usize = 16;
@@ -69,6 +71,17 @@ pub(crate) trait Simd: Copy {
     /// Asks for the cache line of something that will be loaded soon, into the L2 cache.
     #[inline(always)]
     fn prefetch<T>(self, _: &T) {}
+
+    /// The tiles of the machine's matrix unit.
+    type Tiles: Tiles;
+    /// Whether there are any.
+    const HAS_TILES: bool = false;
+
+    /// Shapes the tiles of this thread for up to [`TILE_TOKENS`] tokens; `None` if there are none.
+    #[inline(always)]
+    fn tiles(self, _: TileUse, _num_tokens: usize) -> Option<Self::Tiles> {
+        None
+    }
 
     /// A pair of each row, ready to be multiplied.
     type Pairs: Copy;
@@ -136,15 +149,15 @@ pub(crate) trait Simd: Copy {
     #[inline(always)]
     fn by_token<const T: usize, const HALVES: usize>(self, _: &mut [[Self::Ints; HALVES]; T]) {}
 
+    /// Reads integers.
+    fn load_ints(self, ints: &[i32; LANE_ROWS]) -> Self::Ints;
+
     /// Widens a scale of each row.
     fn floats(self, halves: &[f16; LANE_ROWS]) -> Self::Floats;
 
-    /// `sum · scale`, for sums that f32 can represent.
-    fn scaled(self, sum: Self::Ints, scale: Self::Floats) -> Self::Floats;
+    /// `sum + ints · scale`, rounded once, for integers that f32 can represent.
+    fn add_ints(self, sum: Self::Floats, ints: Self::Ints, scale: Self::Floats) -> Self::Floats;
 
-    /// `a + b`.
-    fn add(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
-
-    /// `out += x · scale`, rounded after the product and after the sum.
+    /// `out += x · scale`, rounded once.
     fn add_scaled(self, out: &mut [f32; LANE_ROWS], x: Self::Floats, scale: f32);
 }

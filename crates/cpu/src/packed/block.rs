@@ -1,12 +1,12 @@
 //! The three formats: how 32 rows × 32 columns lie in memory.
 //!
-//! Weights of bf16 lie in pairs of columns. Of quantised ones a block's columns are eight quads of four; quads `step`
-//! and `step + 4` are read together, so that a byte of q4 holds the same place of both:
+//! Weights of bf16 lie in pairs of columns, quantised ones in quads. Quads `step` and `step + 4` are read together, so
+//! that a byte of q4 holds the same place of both:
 //!
 //! ```text
 //! bf16 pair 0 of rows 0..16, of rows 16..32 │ pair 1 of rows 0..16, of rows 16..32 │ ...
-//! q8   scales f16[2][16] │ step 0: quad 0 of rows 0..16, of rows 16..32, quad 4 of rows 0..16, of rows 16..32 │ ...
-//! q4   scales f16[2][16] │ step 0: quads 0 (low halves) and 4 (high) of rows 0..16, of rows 16..32 │ step 1 ...
+//! q8   scales f16[2][16] │ quad 0 of rows 0..16, of rows 16..32 │ quad 1 of rows 0..16, of rows 16..32 │ ...
+//! q4   scales f16[2][16] │ quads 0 (low halves) and 4 (high) of rows 0..16, of rows 16..32 │ quads 1 and 5 ...
 //! ```
 
 use bytemuck::{Pod, Zeroable};
@@ -15,7 +15,7 @@ use half::f16;
 use super::quantise::{Quantised, q4, q8};
 use super::{GROUP, PANEL_ROWS};
 use crate::numbers::Element;
-use crate::simd::{LANE_ROWS, PAIR, QUAD, QuadBytes, RowPairs, Simd};
+use crate::simd::{LANE_ROWS, PAIR, PanelQuads, QUAD, QuadBytes, RowPairs, Simd};
 
 /// Steps of a quantised block, two quads each.
 pub(super) const STEPS: usize = GROUP / QUAD / 2;
@@ -36,6 +36,9 @@ pub(crate) trait QuantisedBlock: Block {
 
     /// Quads `step` and `step + STEPS` of 16 rows, the lower or the upper half.
     fn quads<S: Simd>(&self, simd: S, step: usize, half: usize) -> [S::Quads; 2];
+
+    /// All quads, a weight a byte, where they lie or else unpacked into `room`.
+    fn whole_quads<'a>(&'a self, room: &'a mut PanelQuads) -> &'a PanelQuads;
 }
 
 /// A block of bf16 weights.
@@ -51,8 +54,8 @@ pub(crate) struct Bf16Block {
 #[repr(C)]
 pub(crate) struct Q8Block {
     scales: [[f16; LANE_ROWS]; 2],
-    /// `[step][first or second quad][half]`
-    quads: [[[QuadBytes; 2]; 2]; STEPS],
+    /// `[quad][half]`
+    quads: PanelQuads,
 }
 
 /// A block of 4-bit weights.
@@ -97,8 +100,8 @@ impl Block for Q8Block {
         let half = row / LANE_ROWS;
         self.scales[half][row % LANE_ROWS] = scale;
         for (column, value) in values.into_iter().enumerate() {
-            let (step, quad, byte) = place(column, row);
-            self.quads[step][quad][half][byte] = (value + Self::OFFSET) as u8;
+            let (quad, byte) = place(column, row);
+            self.quads[quad][half][byte] = (value + Self::OFFSET) as u8;
         }
     }
 }
@@ -113,8 +116,12 @@ impl QuantisedBlock for Q8Block {
 
     #[inline(always)]
     fn quads<S: Simd>(&self, simd: S, step: usize, half: usize) -> [S::Quads; 2] {
-        let [first, second] = &self.quads[step];
-        [simd.bytes(&first[half]), simd.bytes(&second[half])]
+        [simd.bytes(&self.quads[step][half]), simd.bytes(&self.quads[step + STEPS][half])]
+    }
+
+    #[inline(always)]
+    fn whole_quads<'a>(&'a self, _: &'a mut PanelQuads) -> &'a PanelQuads {
+        &self.quads
     }
 }
 
@@ -125,9 +132,9 @@ impl Block for Q4Block {
         let half = row / LANE_ROWS;
         self.scales[half][row % LANE_ROWS] = scale;
         for (column, value) in values.into_iter().enumerate() {
-            let (step, quad, byte) = place(column, row);
+            let (quad, byte) = place(column, row);
             // Every place is written once.
-            self.quads[step][half][byte] |= ((value + Self::OFFSET) as u8) << (4 * quad);
+            self.quads[quad % STEPS][half][byte] |= ((value + Self::OFFSET) as u8) << (4 * (quad / STEPS));
         }
     }
 }
@@ -144,10 +151,20 @@ impl QuantisedBlock for Q4Block {
     fn quads<S: Simd>(&self, simd: S, step: usize, half: usize) -> [S::Quads; 2] {
         simd.nibbles(&self.quads[step][half])
     }
+
+    #[inline(always)]
+    fn whole_quads<'a>(&'a self, room: &'a mut PanelQuads) -> &'a PanelQuads {
+        let (low, high) = room.split_at_mut(STEPS);
+        for (stored, (low, high)) in self.quads.iter().zip(low.iter_mut().zip(high)) {
+            let bytes = stored.as_flattened().iter();
+            let places = low.as_flattened_mut().iter_mut().zip(high.as_flattened_mut());
+            bytes.zip(places).for_each(|(byte, (low, high))| (*low, *high) = (byte & 15, byte >> 4));
+        }
+        room
+    }
 }
 
-/// Where a column's quantised weight of a row lies: the step, which of its two quads, and the byte.
-fn place(column: usize, row: usize) -> (usize, usize, usize) {
-    let quad = column / QUAD;
-    (quad % STEPS, quad / STEPS, row % LANE_ROWS * QUAD + column % QUAD)
+/// Where a column's quantised weight of a row lies: the quad, and the byte of the row's half.
+fn place(column: usize, row: usize) -> (usize, usize) {
+    (column / QUAD, row % LANE_ROWS * QUAD + column % QUAD)
 }

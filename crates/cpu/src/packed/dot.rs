@@ -11,13 +11,14 @@
 //! few tokens take one panel after another, each a single stream from memory.
 
 mod pairs;
+mod quad_tiles;
 mod quads;
 
 use std::ops::Range;
 
 use super::block::Block;
 use super::{PANEL_ROWS, Panels};
-use crate::simd::Simd;
+use crate::simd::{Simd, TILE_TOKENS, TileUse};
 
 /// Most tokens that are worth no order but that of the weights in memory.
 const STREAMED_TOKENS: usize = 4;
@@ -25,6 +26,14 @@ const STREAMED_TOKENS: usize = 4;
 const MAX_TILE_TOKENS: usize = 8;
 /// Bytes of a cache line.
 const LINE: usize = 64;
+
+/// Where rows of activations go: along the blocks of a span of a panel, from row `first` on.
+#[derive(Clone, Copy)]
+pub(super) struct Way<'a, B> {
+    blocks: &'a [B],
+    span: usize,
+    first: usize,
+}
 
 /// Rows of activations in the form that blocks of type `B` multiply.
 pub(super) trait Tokens<B>: Copy {
@@ -37,16 +46,31 @@ pub(super) trait Tokens<B>: Copy {
     /// Most tokens of a tile, as many as the registers hold sums for: up to [`MAX_TILE_TOKENS`].
     fn tile_tokens<S: Simd>() -> usize;
 
-    /// Walks `T` rows, from `first` on, along the blocks of a span, and adds their products to `sums`. Before every
-    /// block it calls `meanwhile`.
+    /// Walks `T` rows, and adds their products to `sums`. Before every block it calls `meanwhile`.
     fn walk<S: Simd, const T: usize>(
         self,
         simd: S,
-        blocks: &[B],
-        span: usize,
-        first: usize,
+        way: Way<'_, B>,
         meanwhile: impl FnMut(),
         sums: &mut [[f32; PANEL_ROWS]; T],
+    );
+
+    /// What tiles of a matrix unit are shaped for.
+    const TILE_USE: TileUse;
+    /// Fewest tokens for which a matrix unit is used where there is one.
+    const FEWEST_TILED: usize;
+    /// Tokens that [`Self::walk_tiles`] walks at a time.
+    const WALKED_TOKENS: usize;
+
+    /// As [`Self::walk`], with any number of rows, on a matrix unit whose tiles have as many tokens as there are, or
+    /// all that they can.
+    fn walk_tiles<S: Simd>(
+        self,
+        simd: S,
+        tiles: &S::Tiles,
+        way: Way<'_, B>,
+        meanwhile: impl FnMut(),
+        sums: &mut [[f32; PANEL_ROWS]],
     );
 }
 
@@ -71,6 +95,8 @@ impl<B: Block> Panels<B> {
         simd.call(
             #[inline(always)]
             || {
+                let is_tiled = S::HAS_TILES && num_tokens >= X::FEWEST_TILED;
+                let tiles = is_tiled.then(|| simd.tiles(X::TILE_USE, num_tokens.min(TILE_TOKENS))).flatten();
                 for outer in 0..outer {
                     for inner in 0..inner {
                         let (index, span) = if streamed { (outer, inner) } else { (inner, outer) };
@@ -80,7 +106,8 @@ impl<B: Block> Panels<B> {
                             true => &[][..],
                             false => self.span::<X>(panel, span + 1),
                         };
-                        walk_all(simd, self.span::<X>(panel, span), x, span, rows.start, next, sums);
+                        let way = Way { blocks: self.span::<X>(panel, span), span, first: rows.start };
+                        walk_all(simd, tiles.as_ref(), x, way, next, sums);
                     }
                 }
             },
@@ -94,27 +121,29 @@ impl<B: Block> Panels<B> {
     }
 }
 
-/// Walks all tokens, from row `first` on, along the blocks of a span, and asks for the next span's meanwhile.
+/// Walks all tokens, on a matrix unit if there are tiles for it, and asks for the next span's blocks meanwhile.
 #[inline(always)]
 fn walk_all<S: Simd, B: Block, X: Tokens<B>>(
     simd: S,
-    blocks: &[B],
+    tiles: Option<&S::Tiles>,
     x: X,
-    span: usize,
-    first: usize,
+    way: Way<'_, B>,
     next: &[B],
     sums: &mut [[f32; PANEL_ROWS]],
 ) {
+    let num_blocks_walked_by = |num_tokens: usize| way.blocks.len() * sums.len().div_ceil(num_tokens);
+    if let Some(tiles) = tiles {
+        let prefetch = prefetch(simd, next, num_blocks_walked_by(X::WALKED_TOKENS));
+        x.walk_tiles(simd, tiles, way, prefetch, sums);
+        return;
+    }
     let most = X::tile_tokens::<S>();
     assert!(most <= MAX_TILE_TOKENS);
-    let mut next_lines = bytemuck::cast_slice::<B, u8>(next).chunks(LINE);
-    let num_walked = blocks.len() * sums.len().div_ceil(most);
-    let lines_per_block = next_lines.len().div_ceil(num_walked.max(1));
-    // A few at a time: memory takes no more, and what is needed now would have to wait.
-    let mut prefetch = || next_lines.by_ref().take(lines_per_block).for_each(|line| simd.prefetch(&line[0]));
+    let mut prefetch = prefetch(simd, next, num_blocks_walked_by(most));
     let mut token = 0;
     while token < sums.len() {
-        let tile = Tile { blocks, x, span, first: first + token, meanwhile: &mut prefetch };
+        let way = Way { first: way.first + token, ..way };
+        let tile = Tile { x, way, meanwhile: &mut prefetch };
         let sums = &mut sums[token..];
         // Tiles of about the same size: the few sums of a small one would wait for each other.
         token += match sums.len().div_ceil(sums.len().div_ceil(most)) {
@@ -131,12 +160,19 @@ fn walk_all<S: Simd, B: Block, X: Tokens<B>>(
     }
 }
 
-/// The blocks of a span and the tokens from one on.
+/// Asks for some blocks bit by bit, all of them in `num_calls` calls: memory takes only a few lines at a time, and what
+/// is needed now would have to wait.
+#[inline(always)]
+fn prefetch<S: Simd, B: Block>(simd: S, blocks: &[B], num_calls: usize) -> impl FnMut() {
+    let mut lines = bytemuck::cast_slice::<B, u8>(blocks).chunks(LINE);
+    let lines_per_call = lines.len().div_ceil(num_calls.max(1));
+    move || lines.by_ref().take(lines_per_call).for_each(|line| simd.prefetch(&line[0]))
+}
+
+/// Some tokens on their way.
 struct Tile<'a, B, X, M> {
-    blocks: &'a [B],
     x: X,
-    span: usize,
-    first: usize,
+    way: Way<'a, B>,
     meanwhile: M,
 }
 
@@ -145,7 +181,7 @@ impl<B: Block, X: Tokens<B>, M: FnMut()> Tile<'_, B, X, M> {
     #[inline(always)]
     fn walk<S: Simd, const T: usize>(self, simd: S, sums: &mut [[f32; PANEL_ROWS]]) -> usize {
         let sums = sums.first_chunk_mut().expect("T tokens");
-        self.x.walk::<S, T>(simd, self.blocks, self.span, self.first, self.meanwhile, sums);
+        self.x.walk::<S, T>(simd, self.way, self.meanwhile, sums);
         T
     }
 }

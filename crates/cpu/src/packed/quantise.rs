@@ -3,6 +3,7 @@
 use half::f16;
 
 use super::GROUP;
+use crate::numbers::nearest;
 
 /// Scales tried for a group of 4-bit weights, as the value that its largest weight would get.
 const Q4_LARGEST: [f32; 9] = [-8.0, -9.0, -8.6, -8.3, -7.7, -7.4, -7.0, -6.6, -6.2];
@@ -18,7 +19,7 @@ pub(super) struct Quantised {
 /// Quantises to -127..=127, the largest weight to one of the ends.
 #[inline(always)]
 pub(super) fn q8(weights: &[f32; GROUP]) -> Quantised {
-    let scale = f16::from_f32(largest(weights).abs() / 127.0);
+    let scale = f16::from_f32(largest_magnitude(weights) / 127.0);
     Quantised { scale, values: rounded(weights, inverse(scale.to_f32()), -127, 127) }
 }
 
@@ -50,13 +51,18 @@ pub(super) fn q4(weights: &[f32; GROUP]) -> Quantised {
     best.1
 }
 
-/// The weight of the largest magnitude. NaN or infinite if any weight is, which makes the scale so too, and with
-/// it every product: a broken checkpoint must not look like a sound one.
+/// The first weight of the largest magnitude.
 #[inline(always)]
 fn largest(weights: &[f32; GROUP]) -> f32 {
-    weights
-        .iter()
-        .fold(0.0, |largest: f32, &w| if w.abs() <= largest.abs() || largest.is_nan() { largest } else { w })
+    let magnitude = largest_magnitude(weights).to_bits();
+    weights.iter().copied().find(|w| w.abs().to_bits() == magnitude).unwrap_or_default()
+}
+
+/// The largest magnitude. NaN or infinite if any weight is, which makes the scale so too, and with it every product: a
+/// broken checkpoint must not look like a sound one. Magnitudes are ordered like their bits.
+#[inline(always)]
+fn largest_magnitude(weights: &[f32; GROUP]) -> f32 {
+    f32::from_bits(weights.iter().map(|w| w.abs().to_bits()).fold(0, u32::max))
 }
 
 /// `1 / x`, and 0 for 0.
@@ -68,7 +74,12 @@ fn inverse(x: f32) -> f32 {
 /// `weights · factor` rounded to the nearest integer, ties to even.
 #[inline(always)]
 fn rounded(weights: &[f32; GROUP], factor: f32, least: i32, most: i32) -> [i32; GROUP] {
-    weights.map(|w| ((w * factor).round_ties_even() as i32).clamp(least, most))
+    // A loop, because `map` is a function of its own, without the instruction set that this is inlined into.
+    let mut values = [0; GROUP];
+    for (value, w) in values.iter_mut().zip(weights) {
+        *value = nearest(w * factor).clamp(least, most);
+    }
+    values
 }
 
 #[inline(always)]
@@ -107,7 +118,7 @@ mod tests {
 
     /// GGML's Q8_0: the scale is rounded to f16 after it has served to round the weights.
     fn ggml_q8_0(weights: &[f32; GROUP]) -> Quantised {
-        let scale = largest(weights).abs() / 127.0;
+        let scale = largest_magnitude(weights) / 127.0;
         let values = weights.map(|w| (w * inverse(scale)).round() as i32);
         Quantised { scale: f16::from_f32(scale), values }
     }

@@ -8,7 +8,7 @@ use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::{LANE_ROWS, Pair, QuadBytes, RowPairs, Simd};
+use super::{LANE_ROWS, NoTiles, Pair, QuadBytes, RowPairs, Simd};
 
 /// The proof that the machine has AVX2, FMA and F16C.
 #[derive(Clone, Copy)]
@@ -84,6 +84,8 @@ impl Simd for Avx2 {
         }
     }
 
+    type Tiles = NoTiles;
+
     type Quads = [SignedBytes; 2];
     type Ints = [__m256i; 2];
     const QUAD_TOKENS: usize = 1;
@@ -127,6 +129,13 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn load_ints(self, ints: &[i32; LANE_ROWS]) -> [__m256i; 2] {
+        let ints: *const __m256i = ints.as_ptr().cast();
+        // SAFETY: `self` proves AVX2, and the array has the 64 bytes that are read.
+        unsafe { [_mm256_loadu_si256(ints), _mm256_loadu_si256(ints.add(1))] }
+    }
+
+    #[inline(always)]
     fn floats(self, halves: &[f16; LANE_ROWS]) -> [__m256; 2] {
         // SAFETY: `self` proves F16C, and the array has the 32 bytes that are read.
         unsafe {
@@ -136,24 +145,19 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn scaled(self, sum: [__m256i; 2], scale: [__m256; 2]) -> [__m256; 2] {
-        // SAFETY: `self` proves AVX2.
-        std::array::from_fn(|half| unsafe { _mm256_mul_ps(_mm256_cvtepi32_ps(sum[half]), scale[half]) })
-    }
-
-    #[inline(always)]
-    fn add(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
-        // SAFETY: `self` proves AVX2.
-        std::array::from_fn(|half| unsafe { _mm256_add_ps(a[half], b[half]) })
+    fn add_ints(self, sum: [__m256; 2], ints: [__m256i; 2], scale: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: `self` proves AVX2 and FMA.
+        std::array::from_fn(|half| unsafe {
+            _mm256_fmadd_ps(_mm256_cvtepi32_ps(ints[half]), scale[half], sum[half])
+        })
     }
 
     #[inline(always)]
     fn add_scaled(self, out: &mut [f32; LANE_ROWS], x: [__m256; 2], scale: f32) {
         for (out, x) in out.as_chunks_mut::<8>().0.iter_mut().zip(x) {
-            // SAFETY: `self` proves AVX2, and the array has the 32 bytes that are read and written.
+            // SAFETY: `self` proves AVX2 and FMA, and the array has the 32 bytes that are read and written.
             unsafe {
-                let sum =
-                    _mm256_add_ps(_mm256_loadu_ps(out.as_ptr()), _mm256_mul_ps(x, _mm256_set1_ps(scale)));
+                let sum = _mm256_fmadd_ps(x, _mm256_set1_ps(scale), _mm256_loadu_ps(out.as_ptr()));
                 _mm256_storeu_ps(out.as_mut_ptr(), sum);
             }
         }

@@ -1,32 +1,49 @@
 //! AVX-512 with VNNI: `vpdpbusd` multiplies 64 pairs of bytes, unsigned with signed, and adds four products to each of
 //! 16 lanes. Newer machines also have BF16: `vdpbf16ps` multiplies 32 pairs of bf16 and adds two. On the others, such as
-//! Ice Lake, bf16 pairs are split into two vectors of f32, as with AVX2.
+//! Ice Lake, bf16 pairs are split into two vectors of f32, as with AVX2. The newest of Intel's have [`Amx`] as well.
 
 use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::{LANE_ROWS, Pair, QuadBytes, RowPairs, Simd};
+use super::amx::Amx;
+use super::{LANE_ROWS, Pair, QuadBytes, RowPairs, Simd, TileUse};
 
-/// The proof that the machine has AVX-512 F, BW and VNNI, and `BF16` if that is true.
+/// AVX-512 F, BW and VNNI.
+pub(crate) const VNNI: u8 = 0;
+/// And BF16.
+pub(crate) const BF16: u8 = 1;
+/// And AMX.
+pub(crate) const AMX: u8 = 2;
+
+/// The proof that the machine has the extensions of one of the constants above.
 #[derive(Clone, Copy)]
-pub(crate) struct Avx512<const BF16: bool>(());
+pub(crate) struct Avx512<const EXTENSION: u8>(());
 
-impl Avx512<false> {
+impl Avx512<VNNI> {
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     pub(crate) fn new() -> Self {
         Self(())
     }
 }
 
-impl Avx512<true> {
+impl Avx512<BF16> {
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16,avx512vnni")]
     pub(crate) fn new() -> Self {
         Self(())
     }
 }
 
-impl<const BF16: bool> Simd for Avx512<BF16> {
+impl Avx512<AMX> {
+    /// # Safety
+    /// [`amx::is_available`](super::amx::is_available).
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16,avx512vnni")]
+    pub(crate) unsafe fn new() -> Self {
+        Self(())
+    }
+}
+
+impl<const EXTENSION: u8> Simd for Avx512<EXTENSION> {
     #[inline(always)]
     fn call(self, f: impl FnOnce()) {
         #[inline(never)]
@@ -40,7 +57,16 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
             f();
         }
         // SAFETY: `self` proves these features, of which AVX-512 F implies the first three.
-        unsafe { if BF16 { call_bf16(f) } else { call(f) } }
+        unsafe { if EXTENSION >= BF16 { call_bf16(f) } else { call(f) } }
+    }
+
+    type Tiles = Amx;
+    const HAS_TILES: bool = EXTENSION == AMX;
+
+    #[inline(always)]
+    fn tiles(self, purpose: TileUse, num_tokens: usize) -> Option<Amx> {
+        // SAFETY: `self` proves AMX, and products do not run inside one another.
+        Self::HAS_TILES.then(|| unsafe { Amx::new(purpose, num_tokens) })
     }
 
     #[inline(always)]
@@ -68,7 +94,7 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     #[inline(always)]
     fn dot_pairs(self, sum: __m512, w: __m512i, x: Pair) -> __m512 {
         let x = self.ints(bytemuck::cast(x));
-        if BF16 {
+        if EXTENSION >= BF16 {
             // SAFETY: `self` proves AVX-512 BF16; `__m512bh` is the same 64 bytes as `__m512i`.
             unsafe {
                 let w = std::mem::transmute::<__m512i, __m512bh>(w);
@@ -116,34 +142,34 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     }
 
     #[inline(always)]
+    fn load_ints(self, ints: &[i32; LANE_ROWS]) -> __m512i {
+        // SAFETY: `self` proves AVX-512 F, and the array has the 64 bytes that are read.
+        unsafe { _mm512_loadu_si512(ints.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
     fn floats(self, halves: &[f16; LANE_ROWS]) -> __m512 {
         // SAFETY: `self` proves AVX-512 F, and the array has the 32 bytes that are read.
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(halves.as_ptr().cast())) }
     }
 
     #[inline(always)]
-    fn scaled(self, sum: __m512i, scale: __m512) -> __m512 {
+    fn add_ints(self, sum: __m512, ints: __m512i, scale: __m512) -> __m512 {
         // SAFETY: `self` proves AVX-512 F.
-        unsafe { _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale) }
-    }
-
-    #[inline(always)]
-    fn add(self, a: __m512, b: __m512) -> __m512 {
-        // SAFETY: `self` proves AVX-512 F.
-        unsafe { _mm512_add_ps(a, b) }
+        unsafe { _mm512_fmadd_ps(_mm512_cvtepi32_ps(ints), scale, sum) }
     }
 
     #[inline(always)]
     fn add_scaled(self, out: &mut [f32; LANE_ROWS], x: __m512, scale: f32) {
         // SAFETY: `self` proves AVX-512 F, and the array has the 64 bytes that are read and written.
         unsafe {
-            let sum = _mm512_add_ps(_mm512_loadu_ps(out.as_ptr()), _mm512_mul_ps(x, _mm512_set1_ps(scale)));
+            let sum = _mm512_fmadd_ps(x, _mm512_set1_ps(scale), _mm512_loadu_ps(out.as_ptr()));
             _mm512_storeu_ps(out.as_mut_ptr(), sum);
         }
     }
 }
 
-impl<const BF16: bool> Avx512<BF16> {
+impl<const EXTENSION: u8> Avx512<EXTENSION> {
     /// The even and the odd elements of pairs, widened. The optimiser splits what several products share once.
     #[inline(always)]
     fn split(self, pairs: __m512i) -> [__m512; 2] {

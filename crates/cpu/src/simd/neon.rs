@@ -7,7 +7,7 @@ use std::arch::asm;
 
 use half::f16;
 
-use super::{LANE_ROWS, Pair, QuadBytes, RowPairs, Simd};
+use super::{LANE_ROWS, NoTiles, Pair, QuadBytes, RowPairs, Simd};
 
 /// The architecture's baseline alone.
 pub(crate) const BASELINE: u8 = 0;
@@ -81,6 +81,8 @@ impl<const EXTENSION: u8> Simd for Neon<EXTENSION> {
     }
 
     /// Four rows each.
+    type Tiles = NoTiles;
+
     type Quads = [int8x16_t; 4];
     type Ints = [int32x4_t; 4];
     /// Of 32 registers 16 or 24 are sums. `smmla` has to interleave weights first, which more tokens share.
@@ -176,6 +178,12 @@ impl<const EXTENSION: u8> Simd for Neon<EXTENSION> {
     }
 
     #[inline(always)]
+    fn load_ints(self, ints: &[i32; LANE_ROWS]) -> [int32x4_t; 4] {
+        // SAFETY: as in `zero`, and each part has the 16 bytes that are read.
+        std::array::from_fn(|part| unsafe { vld1q_s32(ints[4 * part..].as_ptr()) })
+    }
+
+    #[inline(always)]
     fn floats(self, halves: &[f16; LANE_ROWS]) -> [float32x4_t; 4] {
         let floats = halves.map(f16::to_f32);
         // SAFETY: as in `zero`, and each part of the array has the 16 bytes that are read.
@@ -183,15 +191,14 @@ impl<const EXTENSION: u8> Simd for Neon<EXTENSION> {
     }
 
     #[inline(always)]
-    fn scaled(self, sum: [int32x4_t; 4], scale: [float32x4_t; 4]) -> [float32x4_t; 4] {
+    fn add_ints(
+        self,
+        sum: [float32x4_t; 4],
+        ints: [int32x4_t; 4],
+        scale: [float32x4_t; 4],
+    ) -> [float32x4_t; 4] {
         // SAFETY: as in `zero`.
-        std::array::from_fn(|part| unsafe { vmulq_f32(vcvtq_f32_s32(sum[part]), scale[part]) })
-    }
-
-    #[inline(always)]
-    fn add(self, a: [float32x4_t; 4], b: [float32x4_t; 4]) -> [float32x4_t; 4] {
-        // SAFETY: as in `zero`.
-        std::array::from_fn(|part| unsafe { vaddq_f32(a[part], b[part]) })
+        std::array::from_fn(|part| unsafe { vfmaq_f32(sum[part], vcvtq_f32_s32(ints[part]), scale[part]) })
     }
 
     #[inline(always)]
@@ -199,7 +206,7 @@ impl<const EXTENSION: u8> Simd for Neon<EXTENSION> {
         for (out, x) in out.as_chunks_mut::<4>().0.iter_mut().zip(x) {
             // SAFETY: as in `zero`, and the array has the 16 bytes that are read and written.
             unsafe {
-                let sum = vaddq_f32(vld1q_f32(out.as_ptr()), vmulq_f32(x, vdupq_n_f32(scale)));
+                let sum = vfmaq_n_f32(vld1q_f32(out.as_ptr()), x, scale);
                 vst1q_f32(out.as_mut_ptr(), sum);
             }
         }

@@ -3,7 +3,7 @@
 
 use half::{bf16, f16};
 
-use super::{LANE_ROWS, Pair, QUAD, QuadBytes, RowPairs, Simd};
+use super::{LANE_ROWS, NoTiles, Pair, QUAD, QuadBytes, RowPairs, Simd};
 
 /// The plain instruction set, which every machine has.
 #[derive(Clone, Copy)]
@@ -39,6 +39,8 @@ impl Simd for Portable {
         sum
     }
 
+    type Tiles = NoTiles;
+
     type Quads = [[i8; QUAD]; LANE_ROWS];
     type Ints = [i32; LANE_ROWS];
     const QUAD_TOKENS: usize = 1;
@@ -69,23 +71,28 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn load_ints(self, ints: &[i32; LANE_ROWS]) -> [i32; LANE_ROWS] {
+        *ints
+    }
+
+    #[inline(always)]
     fn floats(self, halves: &[f16; LANE_ROWS]) -> [f32; LANE_ROWS] {
         halves.map(f16::to_f32)
     }
 
     #[inline(always)]
-    fn scaled(self, sum: [i32; LANE_ROWS], scale: [f32; LANE_ROWS]) -> [f32; LANE_ROWS] {
-        std::array::from_fn(|row| sum[row] as f32 * scale[row])
-    }
-
-    #[inline(always)]
-    fn add(self, a: [f32; LANE_ROWS], b: [f32; LANE_ROWS]) -> [f32; LANE_ROWS] {
-        std::array::from_fn(|row| a[row] + b[row])
+    fn add_ints(
+        self,
+        sum: [f32; LANE_ROWS],
+        ints: [i32; LANE_ROWS],
+        scale: [f32; LANE_ROWS],
+    ) -> [f32; LANE_ROWS] {
+        std::array::from_fn(|row| (ints[row] as f32).mul_add(scale[row], sum[row]))
     }
 
     #[inline(always)]
     fn add_scaled(self, out: &mut [f32; LANE_ROWS], x: [f32; LANE_ROWS], scale: f32) {
-        out.iter_mut().zip(x).for_each(|(out, x)| *out += x * scale);
+        out.iter_mut().zip(x).for_each(|(out, x)| *out = x.mul_add(scale, *out));
     }
 }
 

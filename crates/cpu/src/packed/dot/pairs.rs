@@ -2,9 +2,9 @@
 
 use super::super::PANEL_ROWS;
 use super::super::block::Bf16Block;
-use super::{Tokens, halves};
+use super::{Tokens, Way, halves};
 use crate::operand::{BF16_SPAN_BLOCKS, Bf16Rows};
-use crate::simd::Simd;
+use crate::simd::{Simd, TILE_TOKENS, TileUse, Tiles};
 
 impl Tokens<Bf16Block> for Bf16Rows<'_> {
     const SPAN_BLOCKS: usize = BF16_SPAN_BLOCKS;
@@ -19,15 +19,45 @@ impl Tokens<Bf16Block> for Bf16Rows<'_> {
         S::PAIR_TOKENS
     }
 
+    const TILE_USE: TileUse = TileUse::Pairs;
+    /// Any, since its sums have another order than those of [`Self::walk`].
+    const FEWEST_TILED: usize = 1;
+    const WALKED_TOKENS: usize = 2 * TILE_TOKENS;
+
+    /// A product is that of [`Tiles::add_pairs`].
+    #[inline(always)]
+    fn walk_tiles<S: Simd>(
+        self,
+        _: S,
+        tiles: &S::Tiles,
+        Way { blocks, span, first }: Way<'_, Bf16Block>,
+        mut meanwhile: impl FnMut(),
+        sums: &mut [[f32; PANEL_ROWS]],
+    ) {
+        assert!(blocks.len() <= BF16_SPAN_BLOCKS);
+        let num_tokens = sums.len();
+        let x = &self.span(span)[first..][..num_tokens];
+        // Two tiles of tokens share what is loaded of the weights. Parts of about the same size: only a part of all
+        // tokens can be too small for two tiles, which may overlap.
+        let num_parts = num_tokens.div_ceil(Self::WALKED_TOKENS);
+        for part in 0..num_parts {
+            let [start, end] = [part, part + 1].map(|part| part * num_tokens / num_parts);
+            let weights = blocks.iter().map(|block| &block.pairs);
+            if end - start <= tiles.num_tokens() {
+                tiles.add_pairs(weights, x, [start], &mut meanwhile, sums);
+            } else {
+                tiles.add_pairs(weights, x, [start, end - tiles.num_tokens()], &mut meanwhile, sums);
+            }
+        }
+    }
+
     /// A span's product is `Σ over its columns  w · x`, from zero in f32: of each pair first the odd column, then the
     /// even one.
     #[inline(always)]
     fn walk<S: Simd, const T: usize>(
         self,
         simd: S,
-        blocks: &[Bf16Block],
-        span: usize,
-        first: usize,
+        Way { blocks, span, first }: Way<'_, Bf16Block>,
         mut meanwhile: impl FnMut(),
         sums: &mut [[f32; PANEL_ROWS]; T],
     ) {

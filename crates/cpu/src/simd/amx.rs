@@ -1,0 +1,276 @@
+//! AMX: eight tiles of 1 KiB per thread, `tdpbf16ps` for bf16 and `tdpbsud` for bytes.
+//!
+//! Compilers know neither the tiles nor, on stable Rust, the instructions, so both are named in assembly. Nothing else
+//! touches the tiles of a thread between [`Amx::new`] and its drop. Linux lends them to processes that ask.
+
+use std::arch::asm;
+use std::arch::x86_64::{__cpuid, __cpuid_count};
+use std::marker::PhantomData;
+use std::mem::MaybeUninit;
+use std::sync::LazyLock;
+
+use super::tiles::{PanelInts, PanelPairs, PanelQuads, TILE_TOKENS, TileUse, Tiles};
+use super::{LANE_ROWS, RowPairs};
+
+/// Bytes of a row of weights or sums.
+const ROW_BYTES: usize = 64;
+/// Bytes of a token's 32 columns: of bf16, and quantised.
+const PAIRS_BYTES: usize = 64;
+const QUADS_BYTES: usize = 32;
+
+/// The tiles of this thread: numbers 0 to 3 are sums, 4 (and 5 for pairs) tokens, the others weights.
+pub(crate) struct Amx {
+    num_tokens: usize,
+    purpose: TileUse,
+    /// Tiles belong to a thread.
+    not_send: PhantomData<*const ()>,
+}
+
+/// What `ldtilecfg` reads.
+#[repr(C, align(64))]
+struct Config {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    row_bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+/// Whether the machine has AMX for bf16 and bytes, and the system lends it to this process, which asks here.
+pub(crate) fn is_available() -> bool {
+    static AVAILABLE: LazyLock<bool> = LazyLock::new(|| has_instructions() && request_tiles());
+    *AVAILABLE
+}
+
+fn has_instructions() -> bool {
+    const EXTENDED_FEATURES: u32 = 7;
+    const BF16_TILE_INT8: u32 = 1 << 22 | 1 << 24 | 1 << 25;
+    __cpuid(0).eax >= EXTENDED_FEATURES
+        && __cpuid_count(EXTENDED_FEATURES, 0).edx & BF16_TILE_INT8 == BF16_TILE_INT8
+}
+
+/// Asks for the tiles' state to be kept for this process's threads.
+fn request_tiles() -> bool {
+    #[cfg(target_os = "linux")]
+    {
+        // Of `asm/prctl.h`, and the number of the state component that holds tiles.
+        const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+        const XFEATURE_XTILE_DATA: libc::c_long = 18;
+        // SAFETY: the call reads and writes no memory of ours.
+        unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA) == 0 }
+    }
+    #[cfg(not(target_os = "linux"))]
+    false
+}
+
+impl Amx {
+    /// Shapes the tiles for some tokens, up to [`TILE_TOKENS`].
+    ///
+    /// # Safety
+    /// [`is_available`], and there is no other value on this thread.
+    ///
+    /// # Panics
+    /// If there are no tokens, or too many.
+    #[inline(always)]
+    pub(super) unsafe fn new(purpose: TileUse, num_tokens: usize) -> Self {
+        assert!((1..=TILE_TOKENS).contains(&num_tokens));
+        let (token_tiles, token_bytes, weight_rows) = match purpose {
+            TileUse::Pairs => (4..6, PAIRS_BYTES, size_of::<PanelPairs>() / (2 * ROW_BYTES)),
+            TileUse::Quads { .. } => (4..5, QUADS_BYTES, size_of::<PanelQuads>() / (2 * ROW_BYTES)),
+        };
+        let mut config =
+            Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
+        for tile in 0..8 {
+            (config.rows[tile], config.row_bytes[tile]) = match tile {
+                0..4 => (num_tokens as u8, ROW_BYTES as u16),
+                _ if token_tiles.contains(&tile) => (num_tokens as u8, token_bytes as u16),
+                _ => (weight_rows as u8, ROW_BYTES as u16),
+            };
+        }
+        // SAFETY: the machine has the instruction, and the configuration is one that it accepts: tiles of 1 to 16 rows
+        // of up to 64 bytes.
+        unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, readonly)) };
+        let amx = Self { num_tokens, purpose, not_send: PhantomData };
+        if let TileUse::Quads { offset } = purpose {
+            // What was added to the weights, taken off again by a product of its own.
+            let negative = [(-offset) as i8; ROW_BYTES];
+            // SAFETY: rows that are all the same.
+            unsafe { amx.load::<7>(negative.as_ptr().cast(), 0) };
+        }
+        amx
+    }
+
+    /// Loads a tile from rows `stride` bytes apart.
+    ///
+    /// # Safety
+    /// The tile's rows, as [`Amx::new`] shaped them, can be read.
+    #[inline(always)]
+    unsafe fn load<const TILE: usize>(&self, rows: *const u8, stride: usize) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            asm!("tileloadd tmm{tile}, [{rows} + {stride}]", tile = const TILE, rows = in(reg) rows,
+                stride = in(reg) stride, options(nostack, readonly, preserves_flags));
+        }
+    }
+
+    /// Stores a tile to rows `stride` bytes apart.
+    ///
+    /// # Safety
+    /// The tile's rows, as [`Amx::new`] shaped them, can be written.
+    #[inline(always)]
+    unsafe fn store<const TILE: usize>(&self, rows: *mut u8, stride: usize) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            asm!("tilestored [{rows} + {stride}], tmm{tile}", tile = const TILE, rows = in(reg) rows,
+                stride = in(reg) stride, options(nostack, preserves_flags));
+        }
+    }
+
+    /// Loads the tile of some tokens' 32 columns.
+    #[inline(always)]
+    fn load_tokens<const TILE: usize, X>(&self, x: &[X], offset: usize, num_bytes: usize) {
+        assert!(x.len() >= self.num_tokens && offset + num_bytes <= size_of::<X>());
+        // SAFETY: as many tokens as the tile has rows, each with the bytes that are read.
+        unsafe { self.load::<TILE>(x.as_ptr().cast::<u8>().add(offset), size_of::<X>()) };
+    }
+
+    /// Loads the tile of half of a panel's weights, which are interleaved with the other half's.
+    #[inline(always)]
+    fn load_weights<const TILE: usize, W, const ROWS: usize>(&self, weights: &[[W; 2]; ROWS], half: usize) {
+        const { assert!(size_of::<W>() == ROW_BYTES) };
+        // SAFETY: the tile has `ROWS` rows, see `new`, and each is as long as `W`.
+        unsafe { self.load::<TILE>(weights.as_ptr().cast::<W>().add(half).cast(), 2 * ROW_BYTES) };
+    }
+}
+
+impl Drop for Amx {
+    #[inline(always)]
+    fn drop(&mut self) {
+        // SAFETY: `new` was promised that the machine has the instruction.
+        unsafe { asm!("tilerelease", options(nomem, nostack, preserves_flags)) };
+    }
+}
+
+/// One instruction on three tiles.
+macro_rules! multiply {
+    ($instruction:literal, $sums:expr, $x:expr, $weights:expr) => {
+        // SAFETY: the tiles belong to `self`, and `new` shaped them so that they fit.
+        unsafe {
+            asm!(concat!($instruction, " tmm{sums}, tmm{x}, tmm{weights}"), sums = const $sums, x = const $x,
+                weights = const $weights, options(nomem, nostack, preserves_flags))
+        }
+    };
+}
+
+impl Tiles for Amx {
+    #[inline(always)]
+    fn add_pairs<'a, X, const TILES: usize>(
+        &self,
+        weights: impl Iterator<Item = &'a PanelPairs>,
+        x: &[X],
+        firsts: [usize; TILES],
+        mut meanwhile: impl FnMut(),
+        sums: &mut [[f32; 2 * LANE_ROWS]],
+    ) {
+        const { assert!(TILES == 1 || TILES == 2) };
+        const STRIDE: usize = 2 * LANE_ROWS * size_of::<f32>();
+        assert!(self.purpose == TileUse::Pairs);
+        let last = firsts[TILES - 1];
+        assert!(firsts.into_iter().all(|first| first + self.num_tokens <= sums.len()));
+        let (first_sums, last_sums) = {
+            let sums = sums.as_mut_ptr().cast::<[f32; LANE_ROWS]>();
+            // SAFETY: the assertion above.
+            unsafe { (sums.add(2 * firsts[0]), sums.add(2 * last)) }
+        };
+        // SAFETY: `num_tokens` rows of two halves from each of `firsts` on, by the assertion above.
+        unsafe {
+            self.load::<0>(first_sums.cast(), STRIDE);
+            self.load::<1>(first_sums.add(1).cast(), STRIDE);
+            if TILES == 2 {
+                self.load::<2>(last_sums.cast(), STRIDE);
+                self.load::<3>(last_sums.add(1).cast(), STRIDE);
+            }
+        }
+        for (group, weights) in weights.enumerate() {
+            meanwhile();
+            self.load_tokens::<4, X>(&x[firsts[0]..], group * PAIRS_BYTES, PAIRS_BYTES);
+            self.load_weights::<6, RowPairs, _>(weights, 0);
+            multiply!("tdpbf16ps", 0, 4, 6);
+            self.load_weights::<7, RowPairs, _>(weights, 1);
+            multiply!("tdpbf16ps", 1, 4, 7);
+            if TILES == 2 {
+                self.load_tokens::<5, X>(&x[last..], group * PAIRS_BYTES, PAIRS_BYTES);
+                multiply!("tdpbf16ps", 2, 5, 6);
+                multiply!("tdpbf16ps", 3, 5, 7);
+            }
+        }
+        // SAFETY: as for the loads.
+        unsafe {
+            self.store::<0>(first_sums.cast(), STRIDE);
+            self.store::<1>(first_sums.add(1).cast(), STRIDE);
+            if TILES == 2 {
+                self.store::<2>(last_sums.cast(), STRIDE);
+                self.store::<3>(last_sums.add(1).cast(), STRIDE);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn dot_quads<X, const SET: usize>(&self, weights: &PanelQuads, x: &[X], group: usize) {
+        const { assert!(SET < 2) };
+        assert!(self.purpose != TileUse::Pairs);
+        self.load_tokens::<4, X>(x, group * QUADS_BYTES, QUADS_BYTES);
+        // SAFETY: the tiles belong to `self`.
+        unsafe {
+            asm!("tilezero tmm{lower}", "tilezero tmm{upper}", lower = const 2 * SET, upper = const 2 * SET + 1,
+                options(nomem, nostack, preserves_flags));
+        }
+        multiply!("tdpbssd", 2 * SET, 4, 7);
+        multiply!("tdpbssd", 2 * SET + 1, 4, 7);
+        self.load_weights::<5, _, _>(weights, 0);
+        multiply!("tdpbsud", 2 * SET, 4, 5);
+        self.load_weights::<6, _, _>(weights, 1);
+        multiply!("tdpbsud", 2 * SET + 1, 4, 6);
+    }
+
+    #[inline(always)]
+    fn store_ints<const SET: usize>(&self, out: &mut [MaybeUninit<PanelInts>]) {
+        assert!(out.len() >= self.num_tokens);
+        let out = out.as_mut_ptr().cast::<[i32; LANE_ROWS]>();
+        // SAFETY: rows of two halves, as many as the tile has.
+        unsafe {
+            if SET == 0 {
+                self.store::<0>(out.cast(), size_of::<PanelInts>());
+                self.store::<1>(out.add(1).cast(), size_of::<PanelInts>());
+            } else {
+                self.store::<2>(out.cast(), size_of::<PanelInts>());
+                self.store::<3>(out.add(1).cast(), size_of::<PanelInts>());
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn multiply(&self) -> usize {
+        match self.purpose {
+            TileUse::Pairs => {
+                multiply!("tdpbf16ps", 0, 4, 6);
+                multiply!("tdpbf16ps", 1, 4, 7);
+                multiply!("tdpbf16ps", 2, 5, 6);
+                multiply!("tdpbf16ps", 3, 5, 7);
+            }
+            TileUse::Quads { .. } => {
+                multiply!("tdpbsud", 0, 4, 5);
+                multiply!("tdpbsud", 1, 4, 6);
+                multiply!("tdpbsud", 2, 4, 5);
+                multiply!("tdpbsud", 3, 4, 6);
+            }
+        }
+        const COLUMNS: usize = 32;
+        4 * 2 * self.num_tokens * LANE_ROWS * COLUMNS
+    }
+
+    #[inline(always)]
+    fn num_tokens(&self) -> usize {
+        self.num_tokens
+    }
+}
