@@ -15,8 +15,8 @@
 //! | q4 | `scale · (stored - 8)`, -8..=7 | 4.5 |
 //!
 //! A product is specified to the bit, see [`Panels::dot`], and so is quantisation: both are the same on every
-//! instruction set (but for subnormal bf16, see [`simd`](crate::simd)), and so are the [`image`]s that spare the next
-//! start the quantisation. bf16 is packed at every start, which takes no longer than reading it.
+//! instruction set (but for bf16 on AMX, and subnormal bf16, see [`simd`](crate::simd)), and so are the [`image`]s that
+//! spare the next start the quantisation. bf16 is packed at every start, which takes no longer than reading it.
 
 mod block;
 mod dot;

@@ -30,25 +30,38 @@ pub(super) fn q8(weights: &[f32; GROUP]) -> Quantised {
 #[inline(always)]
 pub(super) fn q4(weights: &[f32; GROUP]) -> Quantised {
     let largest = largest(weights);
-    let attempt = |value: f32| {
-        let values = rounded(weights, value * inverse(largest), -8, 7);
-        let products = sum(|i| weights[i] * values[i] as f32);
-        let squares = sum(|i| (values[i] * values[i]) as f32);
-        let scale = f16::from_f32(products * inverse(squares));
-        let error = sum(|i| {
-            let difference = weights[i] - scale.to_f32() * values[i] as f32;
-            difference * difference
-        });
-        (error, Quantised { scale, values })
-    };
-    let mut best = attempt(Q4_LARGEST[0]);
+    let mut best = q4_attempt(weights, Q4_LARGEST[0] * inverse(largest));
     for value in &Q4_LARGEST[1..] {
-        let tried = attempt(*value);
+        let tried = q4_attempt(weights, value * inverse(largest));
         if tried.0 < best.0 {
             best = tried;
         }
     }
     best.1
+}
+
+/// The squared error of the integers nearest to `weights · factor` at their best scale, and both.
+#[inline(always)]
+fn q4_attempt(weights: &[f32; GROUP], factor: f32) -> (f32, Quantised) {
+    let values = rounded(weights, factor, -8, 7);
+    let products = sum(
+        #[inline(always)]
+        |i| weights[i] * values[i] as f32,
+    );
+    let squares = sum(
+        #[inline(always)]
+        |i| (values[i] * values[i]) as f32,
+    );
+    let scale = f16::from_f32(products * inverse(squares));
+    let wide_scale = scale.to_f32();
+    let error = sum(
+        #[inline(always)]
+        |i| {
+            let difference = weights[i] - wide_scale * values[i] as f32;
+            difference * difference
+        },
+    );
+    (error, Quantised { scale, values })
 }
 
 /// The first weight of the largest magnitude.
