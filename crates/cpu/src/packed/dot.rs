@@ -1,5 +1,5 @@
 //! The way through a product: which panel, which span of columns and which tokens come next. The inner loops are
-//! [`pairs`] for bf16 and [`quads`] for quantised weights.
+//! [`pairs`] for bf16 and [`quads`] for quantised weights, and [`quad_tiles`] for those on a matrix unit.
 //!
 //! ```text
 //! panel      ├─ span 0 ─┤├─ span 1 ─┤ ...        32 rows; a span is 128 or 256 columns
@@ -8,7 +8,8 @@
 //!
 //! A span is walked by all tokens before the next, so its weights come from memory once and from the L1 cache after
 //! that. With many tokens all panels walk a span before the next, so that the tokens' part of it stays in a cache too;
-//! few tokens take one panel after another, each a single stream from memory.
+//! few tokens take one panel after another, each a single stream from memory. Either way the spans that come next are
+//! asked for meanwhile, as the processor by itself stops at the end of every page.
 
 mod pairs;
 mod quad_tiles;
@@ -22,6 +23,8 @@ use crate::simd::{Simd, TILE_TOKENS, TileUse};
 
 /// Most tokens that are worth no order but that of the weights in memory.
 const STREAMED_TOKENS: usize = 4;
+/// Bytes by which memory is asked ahead for them.
+const STREAMED_AHEAD: usize = 4 << 10;
 /// Most tokens of a tile on any instruction set.
 const MAX_TILE_TOKENS: usize = 8;
 /// Bytes of a cache line.
@@ -91,6 +94,9 @@ impl<B: Block> Panels<B> {
         assert_eq!(num_spans, self.num_groups.div_ceil(X::SPAN_BLOCKS));
         assert_eq!(sums.len(), panels.len() * num_tokens);
         let streamed = num_tokens <= STREAMED_TOKENS;
+        // A streamed span is walked in less time than memory takes to answer.
+        let span_bytes = X::SPAN_BLOCKS * size_of::<B>();
+        let spans_ahead = if streamed { STREAMED_AHEAD.div_ceil(span_bytes) } else { 1 };
         let (outer, inner) = if streamed { (panels.len(), num_spans) } else { (num_spans, panels.len()) };
         simd.call(
             #[inline(always)]
@@ -102,10 +108,7 @@ impl<B: Block> Panels<B> {
                         let (index, span) = if streamed { (outer, inner) } else { (inner, outer) };
                         let panel = panels.start + index;
                         let sums = &mut sums[index * num_tokens..][..num_tokens];
-                        let next = match streamed {
-                            true => &[][..],
-                            false => self.span::<X>(panel, span + 1),
-                        };
+                        let next = self.span::<X>(panel, span + spans_ahead);
                         let way = Way { blocks: self.span::<X>(panel, span), span, first: rows.start };
                         walk_all(simd, tiles.as_ref(), x, way, next, sums);
                     }
