@@ -10,13 +10,16 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use llguidance::api::ParserLimits;
-use llguidance::{Matcher, ParserFactory};
+use llguidance::api::{GrammarInit, ParserLimits};
+use llguidance::earley::SlicedBiasComputer;
+use llguidance::toktrie::InferenceCapabilities;
+use llguidance::{Logger, Matcher, ParserFactory};
 use serde_json::Value;
 use thiserror::Error;
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::timeout;
 
+use super::byte_classes::use_byte_classes;
 use super::location::locate;
 use super::source::{Calls, Source, Tool};
 use super::vocabulary_trie::VocabularyTrie;
@@ -30,9 +33,12 @@ const MAX_THREADS: usize = 2;
 const STACK_BYTES: usize = 64 << 20;
 /// Bytes of templates that are kept.
 const CACHE_BYTES: usize = 64 << 20;
-/// What a template takes: so much, and so many times its source. Estimated from schemas of 1 to 100 kB.
+/// What a template takes: so much, and so many times its source, and its classes of bytes. Estimated from schemas of 1 to 100 kB.
 const TEMPLATE_BYTES: usize = 64 << 10;
 const TEMPLATE_BYTES_PER_BYTE: usize = 64;
+/// Tokens that are taken whole where a grammar takes all of them, besides llguidance's own slices, which are those of
+/// JSON's strings: half of the pieces of words. A class that is counted takes them while it has room for so many.
+const SLICES: [&str; 2] = ["[a-z]{1,5}", "[a-z]{1,10}"];
 /// Longest message of llguidance that is passed on.
 const MAX_MESSAGE_CHARS: usize = 300;
 
@@ -66,6 +72,8 @@ pub(crate) struct Template {
     /// The tokens that a text may begin with.
     pub(super) first_mask: Vec<u32>,
     pub(super) permitted: Arc<[u32]>,
+    /// Bytes of what only some have.
+    num_class_bytes: usize,
 }
 
 /// Compiles grammars for one vocabulary.
@@ -85,23 +93,23 @@ impl Tokens {
     fn new(text: &TextModel, vocab_size: usize) -> Option<Self> {
         let VocabularyTrie { env, permitted } =
             VocabularyTrie::new(text.tokenizer.vocabulary(), &text.eos_token_ids, vocab_size);
-        let mut factory = ParserFactory::new_simple(&env)
+        let slices = [SlicedBiasComputer::general_slices(), SLICES.map(str::to_owned).to_vec()].concat();
+        let factory = ParserFactory::new(&env, InferenceCapabilities::default(), &slices)
             .inspect_err(|error| tracing::error!(%error, "the vocabulary cannot be constrained"))
             .ok()?;
-        factory.quiet();
-        *factory.limits_mut() = limits();
         Some(Self { factory, permitted })
     }
 }
 
-/// Fuel for a start of 20 ms and for a mask of about 10 at most (`step_max_items`; a mask's share of the lexer is about
-/// 4 ms); a grammar that needs more has become too complex, and its choice ends. An engine step waits for the masks of
-/// its sequences, one after the other, so the bound is one of each of them.
-fn limits() -> ParserLimits {
+/// Fuel for a start of 20 ms and for a mask of about 10 at most; a grammar that needs more has become too complex, and
+/// its choice ends. Of a mask the lexer has about 4 ms. The parser's items are worth 0.5 µs each, and several times that
+/// where a text can be read in many ways, which a schema and a regular expression hardly allow.
+fn limits(source: &Source) -> ParserLimits {
+    let step_max_items = if matches!(source, Source::Lark(_)) { 8_000 } else { 20_000 };
     ParserLimits {
         initial_lexer_fuel: 1_000_000,
         step_lexer_fuel: 50_000,
-        step_max_items: 20_000,
+        step_max_items,
         max_lexer_states: 20_000,
         max_grammar_size: 200_000,
         verbose_errors: false,
@@ -187,8 +195,12 @@ impl Tokens {
 
     /// A template, or what is wrong.
     fn template(&self, source: &Source, begins_with_space: bool) -> Result<Template, String> {
-        let parser = self.factory.create_parser(source.grammar(begins_with_space)?);
-        let mut matcher = Matcher::new(Ok(parser.map_err(|error| words(&error.to_string()))?));
+        let grammar = GrammarInit::Serialized(source.grammar(begins_with_space)?);
+        let (silence, capabilities) = (Logger::new(0, 0), InferenceCapabilities::default());
+        let parser = self.factory.create_parser_from_init_ext(grammar, silence, capabilities, limits(source));
+        let mut parser = parser.map_err(|error| words(&error.to_string()))?;
+        let num_class_bytes = use_byte_classes(&mut parser);
+        let mut matcher = Matcher::new(Ok(parser));
         let first_mask = self.first_mask(&mut matcher)?;
         if begins_with_space {
             // What comes behind the space is looked at too.
@@ -198,7 +210,7 @@ impl Tokens {
             behind.consume_token(space).map_err(|error| words(&error.to_string()))?;
             self.first_mask(&mut behind)?;
         }
-        Ok(Template { matcher, first_mask, permitted: Arc::clone(&self.permitted) })
+        Ok(Template { matcher, first_mask, permitted: Arc::clone(&self.permitted), num_class_bytes })
     }
 
     fn first_mask(&self, matcher: &mut Matcher) -> Result<Vec<u32>, String> {
@@ -251,15 +263,15 @@ impl Cache {
     }
 
     fn insert(&mut self, key: String, template: &Arc<Template>) {
-        let num_bytes = template_bytes(&key);
+        let num_bytes = template_bytes(&key, template);
         if num_bytes > CACHE_BYTES || self.entries.contains_key(&key) {
             return;
         }
         while self.num_bytes + num_bytes > CACHE_BYTES {
             let oldest = self.entries.iter().min_by_key(|(_, entry)| entry.last_use);
             let Some(oldest) = oldest.map(|(key, _)| key.clone()) else { break };
-            self.entries.remove(&oldest);
-            self.num_bytes -= template_bytes(&oldest);
+            let Some(entry) = self.entries.remove(&oldest) else { break };
+            self.num_bytes -= template_bytes(&oldest, &entry.template);
         }
         self.num_uses += 1;
         self.num_bytes += num_bytes;
@@ -267,6 +279,6 @@ impl Cache {
     }
 }
 
-fn template_bytes(key: &str) -> usize {
-    TEMPLATE_BYTES + TEMPLATE_BYTES_PER_BYTE * key.len()
+fn template_bytes(key: &str, template: &Template) -> usize {
+    TEMPLATE_BYTES + TEMPLATE_BYTES_PER_BYTE * key.len() + template.num_class_bytes
 }

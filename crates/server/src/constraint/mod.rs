@@ -10,6 +10,7 @@
 //! answer is read again: that is the business of `choice_text.rs`.
 
 mod bound;
+mod byte_classes;
 mod compiler;
 mod location;
 mod source;
