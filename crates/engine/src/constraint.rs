@@ -10,11 +10,18 @@ pub trait Constraint: Send {
     /// word may not. An end of sequence is among them only where the text may end. `None`: any token may.
     ///
     /// Nothing at all means that the constraint has failed; its choice ends with
-    /// [`FinishReason::Error`](crate::FinishReason::Error).
+    /// [`FinishReason::Error`](crate::FinishReason::Error). Not asked for while [`is_due`](Self::is_due).
     fn allowed(&self) -> Option<&[u32]>;
 
-    /// Moves on to the place behind `token`, which was allowed and is no end of sequence.
+    /// Moves on to the place behind `token`, which was allowed and is no end of sequence. What takes time is left
+    /// to [`prepare`](Self::prepare).
     fn accept(&mut self, token: u32);
+
+    /// Whether what is allowed is still to be found out.
+    fn is_due(&self) -> bool;
+
+    /// Finds out what is allowed; called once where it is due, before a step or a later one.
+    fn prepare(&mut self);
 
     /// Whether the text is complete and could only end: its choice then does, without an end of sequence.
     fn is_complete(&self) -> bool;

@@ -39,7 +39,7 @@ pub enum EngineError {
 /// What a step came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Progress {
-    /// The model ran; there may be more to do.
+    /// The model ran, or what it needs was prepared; there may be more to do.
     Stepped,
     /// There is nothing to do until something is submitted.
     Idle,
@@ -117,10 +117,15 @@ impl Engine {
         if phase == Phase::Aborting {
             self.scheduler.end_all(FinishReason::Shutdown);
         }
+        self.scheduler.make_masks(&self.clock);
         let started_at = (self.clock)();
         let plan = self.scheduler.schedule(started_at);
         let num_tokens = plan.batch.num_tokens();
         if num_tokens == 0 {
+            if self.scheduler.is_mask_due() {
+                self.stats.heartbeat(started_at);
+                return Ok(Progress::Stepped);
+            }
             assert!(self.scheduler.is_idle(), "whenever something waits or runs, something moves");
             return Ok(if phase == Phase::Open { Progress::Idle } else { Progress::Ended });
         }
@@ -226,7 +231,9 @@ mod tests {
     use model::RunnerLimits;
 
     use super::*;
+    use crate::constraint::Constraint;
     use crate::fake::FakeRunner;
+    use crate::mask_turns::TIME_PER_STEP;
     use crate::request::{Choice, Event, Request};
     use crate::submission::SubmitError;
     use crate::testing::{Reader, clock, limits, request, sink};
@@ -269,6 +276,67 @@ mod tests {
         check_failure(device, "the device failed: the fake device fails");
         let panic = FakeRunner::new(limits()).with_panic_at(2);
         check_failure(panic, "the engine panicked: the fake model panics");
+    }
+
+    /// Allows everything, and takes its time to find that out.
+    struct Slow {
+        mask: [u32; 2],
+        is_due: bool,
+        mask_ms: u64,
+        now_ms: Arc<AtomicU64>,
+    }
+
+    impl Constraint for Slow {
+        fn allowed(&self) -> Option<&[u32]> {
+            Some(&self.mask)
+        }
+
+        fn accept(&mut self, _: u32) {
+            self.is_due = true;
+        }
+
+        fn is_due(&self) -> bool {
+            self.is_due
+        }
+
+        fn prepare(&mut self) {
+            self.is_due = false;
+            self.now_ms.fetch_add(self.mask_ms, Relaxed);
+        }
+
+        fn is_complete(&self) -> bool {
+            false
+        }
+    }
+
+    #[test]
+    fn slow_masks_hold_up_a_step_by_little_and_other_sequences_by_no_step() {
+        const MASK_MS: u64 = 10;
+        let runner = FakeRunner::new(RunnerLimits { num_blocks: 256, ..limits() });
+        let (handle, mut engine, now_ms) = engine(runner);
+        let submit = |mask_ms: Option<u64>| {
+            let (sink, reader) = sink();
+            let slow = |mask_ms| Slow { mask: [!0; 2], is_due: false, mask_ms, now_ms: Arc::clone(&now_ms) };
+            let constraint = mask_ms.map(|mask_ms| Box::new(slow(mask_ms)) as Box<dyn Constraint>);
+            handle.submit(request(&[1], 50), vec![Choice { sink, constraint }]).unwrap();
+            reader
+        };
+        let num_tokens = |reader: &Reader| {
+            reader.events().into_iter().filter(|event| matches!(event, Event::Token(_))).count()
+        };
+        let quick = [submit(Some(0)), submit(None)];
+        (0..2).for_each(|_| assert_eq!(engine.step().unwrap(), Progress::Stepped));
+        assert!(quick.iter().all(|reader| num_tokens(reader) == 2));
+        let slow: Vec<Reader> = (0..6).map(|_| submit(Some(MASK_MS))).collect();
+        for step in 0..37 {
+            let started_ms = now_ms.load(Relaxed);
+            engine.step().unwrap();
+            let took = Duration::from_millis(now_ms.load(Relaxed) - started_ms);
+            assert!(took < TIME_PER_STEP + Duration::from_millis(MASK_MS), "step {step}: {took:?}");
+            assert!(quick.iter().all(|reader| num_tokens(reader) == 1), "step {step}");
+        }
+        // The first token needs no turn, and then there is one in each step.
+        assert!(slow.iter().all(|reader| num_tokens(reader) == 1 + 36 / slow.len()));
     }
 
     #[test]

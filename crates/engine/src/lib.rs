@@ -23,6 +23,7 @@ mod handle;
 mod queue;
 
 mod engine;
+mod mask_turns;
 mod scheduler;
 mod sequence;
 

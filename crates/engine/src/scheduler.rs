@@ -15,8 +15,8 @@
 //! again, or found in the prefix cache. Choices of one request share their prompt through that same cache:
 //! the first computes it while the others wait.
 //!
-//! The scheduler is a state machine: time is passed in, and nothing here waits, reads a clock or draws a
-//! number. It does not run the model, and it trusts requests: they were checked at submission.
+//! The scheduler is a state machine: time is passed in, and nothing here waits or draws a number; only the making of
+//! masks reads a clock. It does not run the model, and it trusts requests: they were checked at submission.
 
 use std::collections::BTreeMap;
 use std::ops::Bound::{Excluded, Unbounded};
@@ -28,7 +28,8 @@ use model::{Batch, RunnerLimits, SampleRow, StepOutput};
 
 use crate::block_hash::{BlockHasher, Scope};
 use crate::block_manager::BlockManager;
-use crate::config::EngineConfig;
+use crate::config::{Clock, EngineConfig};
+use crate::mask_turns::MaskTurns;
 use crate::request::FinishReason;
 use crate::sequence::{Sequence, SequenceKey, Times};
 use crate::stats::SharedStats;
@@ -55,6 +56,7 @@ pub(crate) struct Scheduler {
     blocks: BlockManager,
     hasher: BlockHasher,
     num_arrivals: u64,
+    mask_turns: MaskTurns,
     stats: Arc<SharedStats>,
     /// The step in progress; kept for its allocations.
     batch: Batch,
@@ -86,8 +88,8 @@ impl Room {
         let chunk = num_lacking.min(self.tokens_left(sequence.experts_per_token()));
         if sequence.is_scoring() {
             chunk.min(self.num_logits)
-        } else if self.num_logits == 0 {
-            // The last token would need a row of logits.
+        } else if self.num_logits == 0 || sequence.is_mask_due() {
+            // The last token would need a row of logits, and what may follow it.
             chunk.min(num_lacking - 1)
         } else {
             chunk
@@ -129,6 +131,7 @@ impl Scheduler {
             blocks: BlockManager::new(to_u32(limits.num_blocks), config.enable_prefix_cache),
             hasher: BlockHasher::new(),
             num_arrivals: 0,
+            mask_turns: MaskTurns::default(),
             stats,
             batch: Batch::new(),
             prefilling: Vec::new(),
@@ -162,6 +165,17 @@ impl Scheduler {
                 Sequence::new(key, Arc::clone(&request), choice, times, max_len, root, self.limits.route());
             self.waiting.insert(key, Box::new(sequence));
         }
+    }
+
+    /// Makes masks for the next step, as many as there is time for.
+    pub(crate) fn make_masks(&mut self, clock: &Clock) {
+        let sequences = self.running.iter_mut().chain(self.waiting.values_mut());
+        self.mask_turns.take(sequences.map(|sequence| &mut **sequence), clock);
+    }
+
+    /// Whether masks are still to be made.
+    pub(crate) fn is_mask_due(&self) -> bool {
+        self.running.iter().chain(self.waiting.values()).any(|sequence| sequence.is_mask_due())
     }
 
     /// Ends what the clients gave up, and plans the next step.
@@ -258,12 +272,12 @@ impl Scheduler {
         sequence.finish(reason);
     }
 
-    /// Gives every running sequence that lacks one token that token; returns whether any was preempted.
+    /// Gives every running sequence that lacks one token, and can take the next, that token; returns whether any was preempted.
     fn schedule_single_tokens(&mut self, room: &mut Room) -> bool {
         let mut has_preempted = false;
         let mut index = 0;
         while index < self.running.len() {
-            if num_lacking(&self.running[index]) > 1 {
+            if num_lacking(&self.running[index]) > 1 || self.running[index].is_mask_due() {
                 index += 1;
                 continue;
             }

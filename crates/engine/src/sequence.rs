@@ -20,6 +20,7 @@ use model::{Batch, LayerChoices, NonFiniteLogits, RouteShape, SampleParams, Samp
 
 use crate::block_hash::{BlockHash, BlockHasher};
 use crate::constraint::{Constraint, Left, is_allowed, left};
+use crate::mask_turns::MaskAccount;
 use crate::recording::Recording;
 use crate::request::{Choice, Event, EventSink, FinishReason, PromptLogprob, Request};
 
@@ -53,6 +54,7 @@ pub(crate) struct Sequence {
     params: SampleParams,
     sink: Box<dyn EventSink>,
     constraint: Option<Box<dyn Constraint>>,
+    pub(crate) mask_account: MaskAccount,
     times: Times,
     /// Prompt, then output.
     tokens: Vec<u32>,
@@ -107,6 +109,7 @@ impl Sequence {
             params,
             sink: choice.sink,
             constraint: choice.constraint,
+            mask_account: MaskAccount::default(),
             times,
             tokens: request.prompt.clone(),
             max_len,
@@ -180,8 +183,23 @@ impl Sequence {
         self.times.deadline.is_some_and(|deadline| deadline <= now).then_some(FinishReason::Deadline)
     }
 
+    /// Whether its next token cannot be taken yet, for want of a mask.
+    pub(crate) fn is_mask_due(&self) -> bool {
+        self.constraint.as_ref().is_some_and(|constraint| constraint.is_due())
+    }
+
+    /// Makes the mask that is due.
+    pub(crate) fn make_mask(&mut self) {
+        if let Some(constraint) = &mut self.constraint {
+            constraint.prepare();
+        }
+    }
+
     /// The reason to end a sequence whose constraint leaves no token to take.
     pub(crate) fn dead_end(&self) -> Option<FinishReason> {
+        if self.is_mask_due() {
+            return None;
+        }
         let allowed = self.constraint.as_ref()?.allowed()?;
         let Request { max_tokens, eos_token_ids, .. } = &*self.request;
         match left(allowed, self.banned()) {

@@ -1,5 +1,6 @@
 //! The reader of one choice: what it was told, and how it misbehaves.
 
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -48,11 +49,12 @@ impl Client {
         Self { request, choice, grammar, submitted_at, state }
     }
 
-    /// What goes to the engine.
-    pub(crate) fn choice(&self) -> Choice {
+    /// What goes to the engine. `now_us`: its clock.
+    pub(crate) fn choice(&self, now_us: &Arc<AtomicU64>) -> Choice {
         let sink = Box::new(Sink { state: Arc::clone(&self.state) });
-        let constraint =
-            self.grammar.map(|grammar| Box::new(grammar.start(self.choice)) as Box<dyn Constraint>);
+        let constraint = self.grammar.map(|grammar| -> Box<dyn Constraint> {
+            Box::new(grammar.start(self.choice, Arc::clone(now_us)))
+        });
         Choice { sink, constraint }
     }
 

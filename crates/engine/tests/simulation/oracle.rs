@@ -1,6 +1,8 @@
 //! What a request gets when it runs alone: a loop over the model's own answers, with no engine, no batch and
 //! no cache in sight.
 
+use std::sync::Arc;
+
 use engine::{Constraint, FakeRunner, FinishReason, PromptLogprob, Request};
 use model::{ModelRunner, SampleRow, Sampled, mix64};
 
@@ -19,7 +21,7 @@ pub(crate) struct Outcome {
 /// Runs a client's choice on `runner`'s model.
 pub(crate) fn run_alone(runner: &FakeRunner, client: &Client) -> Outcome {
     let (request, choice) = (&*client.request, client.choice);
-    let constraint = client.grammar.map(|grammar| grammar.start(choice));
+    let constraint = client.grammar.map(|grammar| grammar.start(choice, Arc::default()));
     let (tokens, reason) = generate(runner, request, choice, constraint);
     // What cannot take its first token never runs.
     let runs = request.max_tokens == 0 || !tokens.is_empty();
@@ -82,6 +84,7 @@ fn generate(
             if constraint.is_complete() {
                 return (tokens, FinishReason::Stop);
             }
+            constraint.prepare();
         }
     }
 }

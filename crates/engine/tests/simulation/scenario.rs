@@ -98,6 +98,8 @@ pub(crate) fn draw_grammar(rng: &mut Rng) -> Option<Grammar> {
         seed: rng.next(),
         max_len: rng.pick(&[1, 4, 12, u32::MAX]),
         fails_at: rng.pick(&[u32::MAX, u32::MAX, u32::MAX, 0, 5]),
+        // Some of them keep others of their step waiting.
+        mask_us: rng.pick(&[0, 20, 2_000, 9_000]),
     };
     rng.percent(35).then_some(grammar)
 }

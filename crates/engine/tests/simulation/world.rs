@@ -104,7 +104,7 @@ impl World {
             Client::new(Arc::clone(&shared), choice, grammar, now, capacity)
         };
         let clients: Vec<Client> = (0..request.num_choices).map(new_client).collect();
-        let choices = clients.iter().map(Client::choice).collect();
+        let choices = clients.iter().map(|client| client.choice(&self.now_us)).collect();
         let waiting = self.handle.stats().num_waiting;
         match self.handle.submit(request, choices) {
             Ok(()) => {

@@ -53,6 +53,8 @@ struct Reading {
     matcher: Matcher,
     mask: Vec<u32>,
     permitted: Arc<[u32]>,
+    /// The mask is not the one of this place yet.
+    is_due: bool,
     is_complete: bool,
 }
 
@@ -62,15 +64,20 @@ impl Reading {
             matcher: template.matcher.deep_clone(),
             mask: template.first_mask.clone(),
             permitted: Arc::clone(&template.permitted),
+            is_due: false,
             is_complete: false,
         }
     }
 
     fn accept(&mut self, token: u32) {
-        let consumed = self.matcher.consume_token(token);
-        self.is_complete = consumed.is_ok() && self.matcher.is_stopped();
-        let mask = consumed.and_then(|()| self.matcher.compute_mask_or_eos());
-        self.mask = match mask {
+        // A matcher that fails here fails again where its mask is made.
+        self.is_complete = self.matcher.consume_token(token).is_ok() && self.matcher.is_stopped();
+        self.is_due = true;
+    }
+
+    fn prepare(&mut self) {
+        self.is_due = false;
+        self.mask = match self.matcher.compute_mask_or_eos() {
             Ok(mask) => permitted(mask.as_slice(), &self.permitted),
             Err(_) => {
                 // Its words may be the client's.
@@ -119,6 +126,16 @@ impl Constraint for BoundChoice {
             self.now = self.calls.take();
         } else if let Some(now) = &mut self.now {
             now.accept(token);
+        }
+    }
+
+    fn is_due(&self) -> bool {
+        self.first_mask.is_none() && self.now.as_ref().is_some_and(|now| now.is_due)
+    }
+
+    fn prepare(&mut self) {
+        if let Some(now) = &mut self.now {
+            now.prepare();
         }
     }
 
