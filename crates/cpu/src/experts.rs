@@ -83,3 +83,30 @@ impl Kernel for Down<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_experts_tiles_begin_again_with_each_call() {
+        let check = |num_rows: usize, tile_tokens: usize, expected: usize| {
+            assert_eq!(
+                tile_rows(num_rows, tile_tokens),
+                expected,
+                "{num_rows} rows in tiles of {tile_tokens}"
+            );
+        };
+        check(0, 8, 0);
+        check(1, 1, 1);
+        check(1, 8, 8);
+        check(8, 8, 8);
+        check(9, 8, 16);
+        check(9, 6, 12);
+        // Calls of 512 rows fill 86 tiles of 6, of which the last has 2.
+        check(512, 6, 516);
+        check(513, 6, 522);
+        check(1030, 6, 1038);
+        check(1030, 8, 1032);
+    }
+}

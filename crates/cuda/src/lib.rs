@@ -32,7 +32,7 @@ use crate::attention::{MAX_PARTIALS, Plan, PlanShape};
 use crate::device::{Buffer, Device, Grid};
 use crate::graphs::{Graphs, RecordedShape};
 use crate::kernels::{AttentionArguments, Epilogue, KvArguments, NormShape, RouteArguments, RoutingTables};
-use crate::products::{Rows, multiply, tile_tokens};
+use crate::products::{Rows, multiply, tile_rows};
 use crate::quantized::{QuantizedRows, Source};
 use crate::sample::Sampler;
 use crate::step::StepBuffers;
@@ -733,11 +733,12 @@ impl Backend for Cuda {
         let counts = &self.host_counts[routing.first_count..][..2 * routing.num_experts + 1];
         let (offsets, gate_sums) = counts.split_at(routing.num_experts + 1);
         let num_rows = self.num_rows_read(routing);
-        let tile_tokens = tile_tokens(&self.device, num_rows, routing.num_experts) as u32;
-        for ((load, ends), &gate_sum) in loads.iter_mut().zip(offsets.windows(2)).zip(gate_sums) {
+        let num_tokens = offsets.windows(2).map(|ends| ends[1] - ends[0]);
+        let tile_rows = tile_rows(&self.device, num_rows, num_tokens.clone());
+        for (((load, num_tokens), tile_rows), &gate_sum) in
+            loads.iter_mut().zip(num_tokens).zip(tile_rows).zip(gate_sums)
+        {
             let gate_weight = f64::from(f32::from_bits(gate_sum));
-            let num_tokens = ends[1] - ends[0];
-            let tile_rows = u64::from(num_tokens.next_multiple_of(tile_tokens));
             *load += ExpertLoad { num_tokens: u64::from(num_tokens), gate_weight, tile_rows };
         }
     }

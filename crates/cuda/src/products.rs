@@ -83,9 +83,23 @@ pub(crate) fn multiply(device: &mut Device, weights: &Matrix, rows: Rows, epilog
     }
 }
 
-/// Tokens of a tile of [`multiply`], which has so many rows for so many experts.
-pub(crate) fn tile_tokens(device: &Device, num_rows: usize, num_experts: usize) -> usize {
-    choose_tile(kernels::tiles(device.has_wgmma), num_rows, num_experts).tokens
+/// Rows that the tiles of each expert's products have room for, if experts get so many tokens: the grid is shaped for
+/// `num_rows`, whoever gets them.
+pub(crate) fn tile_rows<'a>(
+    device: &Device,
+    num_rows: usize,
+    num_tokens: impl ExactSizeIterator<Item = u32> + 'a,
+) -> impl Iterator<Item = u64> + 'a {
+    rows_of_tiles(kernels::tiles(device.has_wgmma), num_rows, num_tokens)
+}
+
+fn rows_of_tiles<'a>(
+    tiles: &'static [Tile],
+    num_rows: usize,
+    num_tokens: impl ExactSizeIterator<Item = u32> + 'a,
+) -> impl Iterator<Item = u64> + 'a {
+    let tile = choose_tile(tiles, num_rows, num_tokens.len());
+    num_tokens.map(|num_tokens| u64::from(num_tokens).next_multiple_of(tile.tokens as u64))
 }
 
 /// The narrowest tile that holds twice an expert's share of the rows, because experts are not equally popular; or all
@@ -158,5 +172,17 @@ mod tests {
         let tokens = |num_rows, num_experts| choose_tile(&kernels::WGMMA_TILES, num_rows, num_experts).tokens;
         assert_eq!([2, 16, 64, 256, 16384].map(|rows| tokens(rows, 8)), [8, 8, 16, 64, 256]);
         assert_eq!([1, 9, 64, 1000].map(|rows| tokens(rows, 1)), [8, 16, 64, 256]);
+    }
+
+    #[test]
+    fn an_experts_rows_fill_tiles_of_the_steps_width() {
+        let check = |num_rows: usize, num_tokens: [u32; 4], expected: [u64; 4]| {
+            let rows = rows_of_tiles(&kernels::WGMMA_TILES, num_rows, num_tokens.into_iter());
+            assert_eq!(rows.collect::<Vec<_>>(), expected, "{num_tokens:?} of {num_rows}");
+        };
+        check(2, [1, 0, 1, 0], [8, 0, 8, 0]);
+        check(20, [9, 0, 8, 3], [16, 0, 16, 16]);
+        check(32, [17, 15, 0, 0], [32, 16, 0, 0]);
+        check(2000, [257, 256, 1, 1486], [512, 256, 256, 1536]);
     }
 }
