@@ -249,6 +249,7 @@ impl Sequence {
         if is_first {
             let queue_time = now.saturating_sub(self.times.submitted_at);
             self.emit(Event::Started { num_cached_tokens, queue_time });
+            self.report_progress(num_cached_tokens);
         }
         is_first
     }
@@ -324,7 +325,7 @@ impl Sequence {
         let num_scored = self.scored_positions().len();
         let is_sampled = self.sampled_position().is_some();
         self.num_computed_tokens += std::mem::take(&mut self.num_scheduled_tokens);
-        self.report_progress();
+        self.report_progress(self.num_computed_tokens as u32);
 
         // All of the sequence's results are taken from the iterator, even after a bad one.
         let mut results = results.by_ref().take(num_scored + usize::from(is_sampled));
@@ -346,9 +347,9 @@ impl Sequence {
     }
 
     /// Says how far the prompt is, while it is all that there is.
-    fn report_progress(&mut self) {
+    fn report_progress(&mut self, num_computed_tokens: u32) {
         if self.request.reports_progress && self.key.choice == 0 && self.len() == self.prompt_len() {
-            self.emit(Event::Progress { num_computed_tokens: self.num_computed_tokens as u32 });
+            self.emit(Event::Progress { num_computed_tokens });
         }
     }
 

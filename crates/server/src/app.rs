@@ -37,6 +37,7 @@ pub fn app(state: AppState) -> Router {
         .route("/v1/models/{*id}", get(models::get))
         .route("/v1/responses/{id}", get(responses::stored::get).delete(responses::stored::delete))
         .route("/v1/responses/{id}/input_items", get(responses::stored::input_items))
+        .route("/v1/responses/{id}/cancel", post(responses::stored::cancel))
         .route("/v1/cancel/{id}", post(cancel::cancel))
         .route("/openapi.json", get(reference::openapi))
         .route("/docs", get(reference::docs))

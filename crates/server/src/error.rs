@@ -191,6 +191,12 @@ impl ApiError {
         Self::refused(StatusCode::NOT_FOUND, "response_not_found", message).at("id")
     }
 
+    /// 400: only what runs in the background can be cancelled as OpenAI does it, and nothing does.
+    pub(crate) fn response_not_cancellable() -> Self {
+        let message = "Cannot cancel a synchronous response. POST /v1/cancel/{id} ends one under way.";
+        Self::invalid("id", "response_not_cancellable", message)
+    }
+
     /// Speaks of the field as the endpoint calls it, where its words were translated into a chat's.
     pub(crate) fn renamed(mut self, name: impl FnOnce(&str) -> String) -> Self {
         if let Some(old) = self.body.param.take() {

@@ -39,10 +39,27 @@ pub(crate) struct RankedLogprob {
 /// What a token adds to a text.
 #[derive(Debug, Clone)]
 pub(crate) struct TokenText {
+    pub(crate) id: u32,
     pub(crate) bytes: Vec<u8>,
 }
 
+/// What tokens are called beside their log-probabilities.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum TokenNames {
+    /// Their texts.
+    Texts,
+    /// vLLM's `token_id:7`, which tells tokens of one text apart.
+    Ids,
+}
+
 impl TokenText {
+    pub(crate) fn name(&self, names: TokenNames) -> String {
+        match names {
+            TokenNames::Texts => self.text(),
+            TokenNames::Ids => format!("token_id:{}", self.id),
+        }
+    }
+
     /// The token's text; a token that is a part of a character is spelled `bytes:\xe2\x82`.
     pub(crate) fn text(&self) -> String {
         let spell =
@@ -115,7 +132,7 @@ fn score(own: TokenLogprob, top: &[TokenLogprob], place: &Detokenizer, text_offs
 }
 
 fn text_of(token: u32, place: &Detokenizer) -> TokenText {
-    TokenText { bytes: place.bytes_here(token) }
+    TokenText { id: token, bytes: place.bytes_here(token) }
 }
 
 fn at_least(logprob: f32) -> f32 {
@@ -129,7 +146,7 @@ mod tests {
 
     #[test]
     fn tokens_are_spelled_by_their_bytes() {
-        let spelled = |bytes: &[u8]| TokenText { bytes: bytes.to_vec() }.text();
+        let spelled = |bytes: &[u8]| TokenText { id: 7, bytes: bytes.to_vec() }.text();
         assert_eq!(spelled("é".as_bytes()), "é");
         assert_eq!(spelled(&[0xE2, 0x82]), "bytes:\\xe2\\x82");
     }

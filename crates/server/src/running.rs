@@ -31,6 +31,11 @@ impl Running {
         RunningAnswer { running: Arc::clone(self), id: id.to_owned(), cancel }
     }
 
+    /// Whether `caller` has an answer of that id.
+    pub(crate) fn has(&self, id: &str, caller: Caller) -> bool {
+        self.entries().get(id).is_some_and(|entry| entry.owner == caller)
+    }
+
     /// Tells an answer to end; whether `caller` has one of that id.
     pub(crate) fn cancel(&self, id: &str, caller: Caller) -> bool {
         let entries = self.entries();

@@ -162,7 +162,7 @@ fn progress_is_reported_step_by_step_to_whom_asked() {
             })
             .collect()
     };
-    assert_eq!((progress(&readers[0]), progress(&readers[1])), (vec![5, 10, 12], vec![]));
+    assert_eq!((progress(&readers[0]), progress(&readers[1])), (vec![0, 5, 10, 12], vec![]));
 }
 
 #[track_caller]

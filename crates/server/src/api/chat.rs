@@ -21,7 +21,7 @@ use crate::config::limits;
 use crate::constraint::Bound;
 use crate::error::ApiError;
 use crate::generation::{Arrival, Generation};
-use crate::logprobs::{TokenScore, TokenText};
+use crate::logprobs::{TokenNames, TokenScore, TokenText};
 use crate::routing::wire::RoutingBody;
 use crate::state::AppState;
 use crate::text::model::{TextError, TextModel};
@@ -40,6 +40,7 @@ pub(crate) async fn chat_completions(
     let wording = ChatWording {
         num_choices: chat.params.n as usize,
         has_logprobs: chat.top_logprobs.is_some(),
+        token_names: chat.params.token_names,
         returns_token_ids: chat.params.returns_token_ids,
         prompt_token_ids: Some(prompt).filter(|_| chat.params.returns_token_ids),
         routing: chat.params.routing.written,
@@ -88,7 +89,7 @@ impl ChatRequest {
         let (conversation, tools) = Conversation::take(&mut fields, state)?;
         let max_tokens = take_max_tokens(&mut fields)?;
         let top_logprobs = take_top_logprobs(&mut fields)?;
-        let format = structured::take(&mut fields, true)?;
+        let format = structured::take(&mut fields, true, state.engine.limits().vocab_size)?;
         check_modalities(&mut fields)?;
         fields.finish()?;
         let has_tools = conversation.has_tools();
@@ -177,6 +178,7 @@ fn check_modalities(fields: &mut Fields) -> Result<(), ApiError> {
 struct ChatWording {
     num_choices: usize,
     has_logprobs: bool,
+    token_names: TokenNames,
     returns_token_ids: bool,
     prompt_token_ids: Option<Vec<u32>>,
     routing: WrittenRouting,
@@ -344,7 +346,7 @@ impl ChatWording {
     }
 
     fn logprobs(&self, scores: Vec<TokenScore>) -> Option<Logprobs> {
-        let content = || scores.into_iter().map(described).collect();
+        let content = || scores.into_iter().map(|score| described(score, self.token_names)).collect();
         self.has_logprobs.then(|| Logprobs { content: content(), refusal: None })
     }
 }
@@ -361,8 +363,9 @@ fn worded(call: ToolCall, is_streamed: bool) -> Call {
     }
 }
 
-pub(crate) fn described(score: TokenScore) -> TokenLogprob {
-    let scored = |token: TokenText, logprob: f32| Scored { token: token.text(), logprob, bytes: token.bytes };
+pub(crate) fn described(score: TokenScore, names: TokenNames) -> TokenLogprob {
+    let scored =
+        |token: TokenText, logprob: f32| Scored { token: token.name(names), logprob, bytes: token.bytes };
     let top_logprobs = score.top.into_iter().map(|(token, logprob)| scored(token, logprob)).collect();
     // Generated tokens all have one; only a prompt's first token has none.
     TokenLogprob { own: scored(score.token, score.logprob.unwrap_or(0.0)), top_logprobs }

@@ -21,7 +21,7 @@ use crate::config::limits;
 use crate::constraint::Bound;
 use crate::error::ApiError;
 use crate::generation::{Arrival, Generation};
-use crate::logprobs::{PromptLogprobs, TokenScore};
+use crate::logprobs::{PromptLogprobs, TokenNames, TokenScore};
 use crate::routing::wire::RoutingBody;
 use crate::state::AppState;
 use crate::text::model::TextModel;
@@ -73,6 +73,7 @@ pub(crate) async fn completions(
     let wording = CompletionWording {
         n: completion.params.n as usize,
         options: completion.options,
+        token_names: completion.params.token_names,
         echoes,
         prompts,
         routing: completion.params.routing.written,
@@ -107,7 +108,7 @@ impl CompletionRequest {
         let logprobs = fields.integer("logprobs", 0..=limits::MAX_COMPLETION_LOGPROBS)?.map(|num| num as u32);
         let best_of = fields.integer("best_of", 1..=i64::from(state.config.max_choices))?;
         let best_of = best_of.map_or(params.n, |best_of| best_of as u32);
-        let format = structured::take(&mut fields, false)?;
+        let format = structured::take(&mut fields, false, state.engine.limits().vocab_size)?;
         fields.finish()?;
         let options =
             Options { best_of, max_tokens, logprobs, scores_prompt: echo && logprobs.is_some(), n: params.n };
@@ -164,6 +165,7 @@ impl Options {
 struct CompletionWording {
     n: usize,
     options: Options,
+    token_names: TokenNames,
     /// One per prompt.
     echoes: Vec<String>,
     /// One per prompt if token ids are wanted, else none.
@@ -301,19 +303,19 @@ impl CompletionWording {
         // `prompt_logprobs` may have asked for scores too, and for more of them.
         let mut prompt = if self.options.scores_prompt { prompt } else { Vec::new() };
         prompt.iter_mut().for_each(|score| score.top.truncate(num));
-        prompt.into_iter().for_each(|score| logprobs.push(score, 0));
-        answer.into_iter().for_each(|score| logprobs.push(score, num_echoed_chars));
+        prompt.into_iter().for_each(|score| logprobs.push(score, self.token_names, 0));
+        answer.into_iter().for_each(|score| logprobs.push(score, self.token_names, num_echoed_chars));
         Some(logprobs)
     }
 }
 
 impl Logprobs {
     /// Appends a token; the one that was taken is among its alternatives, as with OpenAI.
-    fn push(&mut self, score: TokenScore, first_offset: usize) {
-        let token = score.token.text();
+    fn push(&mut self, score: TokenScore, names: TokenNames, first_offset: usize) {
+        let token = score.token.name(names);
         let mut top: Map<String, Value> = Map::new();
         for (alternative, logprob) in score.top {
-            top.entry(alternative.text()).or_insert(logprob.into());
+            top.entry(alternative.name(names)).or_insert(logprob.into());
         }
         if let Some(logprob) = score.logprob {
             top.entry(token.clone()).or_insert(logprob.into());

@@ -15,6 +15,7 @@ use super::routing::RoutingParams;
 use crate::answer::StreamOptions;
 use crate::config::limits;
 use crate::error::{ApiError, quoted};
+use crate::logprobs::TokenNames;
 use crate::random;
 use crate::state::AppState;
 
@@ -37,6 +38,8 @@ pub(crate) struct Params {
     pub(crate) has_timings: bool,
     /// Adds the ids of the prompt's tokens and of the answer's.
     pub(crate) returns_token_ids: bool,
+    /// What tokens are called beside their log-probabilities.
+    pub(crate) token_names: TokenNames,
     /// Adds the log-probabilities of the prompt's tokens, and of this many alternatives.
     pub(crate) num_prompt_logprobs: Option<u32>,
 }
@@ -78,6 +81,7 @@ impl Params {
             cache_salt: take_cache_salt(fields)?,
             has_timings: fields.boolean("timings")?.unwrap_or(false),
             returns_token_ids: fields.boolean("return_token_ids")?.unwrap_or(false),
+            token_names: take_token_names(fields)?,
             num_prompt_logprobs: take_prompt_logprobs(fields, streamed.is_some())?,
         })
     }
@@ -179,6 +183,11 @@ fn check_effort(fields: &mut Fields) -> Result<(), ApiError> {
         }
     }
     Ok(())
+}
+
+fn take_token_names(fields: &mut Fields) -> Result<TokenNames, ApiError> {
+    let are_ids = fields.boolean("return_tokens_as_token_ids")?.unwrap_or(false);
+    Ok(if are_ids { TokenNames::Ids } else { TokenNames::Texts })
 }
 
 fn take_prompt_logprobs(fields: &mut Fields, is_streamed: bool) -> Result<Option<u32>, ApiError> {

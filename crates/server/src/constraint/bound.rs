@@ -18,6 +18,8 @@ use super::compiler::{Template, permitted};
 /// What the choices of a request are bound to.
 #[derive(Clone, Default)]
 pub(crate) struct Bound {
+    /// The mask of all tokens that the answer is made of; then there is no grammar.
+    pub(crate) tokens: Option<Arc<[u32]>>,
     /// The text of the answer; `None`: any text.
     pub(crate) text: Option<Arc<Template>>,
     /// The same where the text begins with a space that is not shown.
@@ -38,12 +40,44 @@ impl Bound {
         let text = if hides_space { &self.text_behind_space } else { &self.text };
         let (text, calls) = (start(text), start(&self.calls));
         let constraint = || -> Option<Box<dyn Constraint>> {
+            if let Some(tokens) = &self.tokens {
+                return Some(Box::new(OnlyThese(Arc::clone(tokens))));
+            }
             if text.is_none() && calls.is_none() {
                 return None;
             }
             Some(Box::new(BoundChoice::new(text.clone(), calls.clone(), self)))
         };
         (0..count).map(|_| constraint()).collect()
+    }
+}
+
+/// The mask of some tokens.
+pub(crate) fn mask_of(tokens: &[u32]) -> Arc<[u32]> {
+    let num_words = tokens.iter().max().map_or(0, |&most| most / u32::BITS + 1);
+    let mut mask = vec![0; num_words as usize];
+    tokens.iter().for_each(|token| mask[(token / u32::BITS) as usize] |= 1 << (token % u32::BITS));
+    mask.into()
+}
+
+/// One mask, from beginning to end.
+struct OnlyThese(Arc<[u32]>);
+
+impl Constraint for OnlyThese {
+    fn allowed(&self) -> Option<&[u32]> {
+        Some(&self.0)
+    }
+
+    fn accept(&mut self, _: u32) {}
+
+    fn is_due(&self) -> bool {
+        false
+    }
+
+    fn prepare(&mut self) {}
+
+    fn is_complete(&self) -> bool {
+        false
     }
 }
 

@@ -16,7 +16,7 @@ mod location;
 mod source;
 mod vocabulary_trie;
 
-pub(crate) use bound::Bound;
+pub(crate) use bound::{Bound, mask_of};
 pub(crate) use compiler::{Compiler, GrammarError};
 pub(crate) use source::{Calls, Source, Tool};
 

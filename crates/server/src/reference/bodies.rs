@@ -27,7 +27,7 @@ pub(super) fn chat(state: &AppState) -> Vec<Named> {
         ("response_format", response_format()),
         ("modalities", some(word(&["text"], ""), 1, "What the answer is made of")),
     ]);
-    fields.extend(bounds());
+    fields.extend(bounds(state));
     fields.extend(shared(state));
     fields
 }
@@ -43,7 +43,7 @@ pub(super) fn completion(state: &AppState) -> Vec<Named> {
             integer(1..=i64::from(state.config.max_choices), "Generates more choices than are shown"),
         ),
     ];
-    fields.extend(bounds());
+    fields.extend(bounds(state));
     fields.extend(shared(state));
     fields
 }
@@ -71,7 +71,17 @@ fn response_format() -> Field {
 }
 
 /// The same in other words, of which a request has one.
-fn bounds() -> Vec<Named> {
+fn bounds(state: &AppState) -> Vec<Named> {
+    let mut of_vllm = vec![("json", open_object("JSON schema")), ("json_object", boolean("Any object"))];
+    of_vllm.extend(texts());
+    let mut bounds = vec![("structured_outputs", object("One of these, as vLLM has them", of_vllm))];
+    let vocab_size = state.engine.limits().vocab_size;
+    bounds.push(("allowed_token_ids", some(token(state), vocab_size, "The answer is made of these")));
+    bounds.extend(texts());
+    bounds
+}
+
+fn texts() -> Vec<Named> {
     let choice = text(0..=MAX_CHOICE_BYTES, "");
     vec![
         ("regex", expression("The answer matches it from end to end")),
@@ -378,6 +388,7 @@ fn shared(state: &AppState) -> Vec<Named> {
             integer(-1..=MAX_PING_INTERVAL_S, "Seconds of silence before a comment; -1: never"),
         ),
         ("return_token_ids", boolean("Adds the ids of prompt and answer")),
+        ("return_tokens_as_token_ids", boolean("Log-probabilities name tokens by their ids")),
         ("prompt_logprobs", integer(0..=MAX_CHAT_LOGPROBS, "Scores the prompt; not streamed")),
         ("timings", boolean("Adds where the time went")),
         ("priority", integer(i64::from(i32::MIN)..=i64::from(i32::MAX), "Lower runs earlier")),

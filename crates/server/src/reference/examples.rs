@@ -33,7 +33,9 @@ pub(super) fn chat() -> Vec<Value> {
         body
     });
     let chosen: Vec<Value> = chosen.collect();
-    plain.into_iter().chain(chosen).chain(steered(&bound_chat())).collect()
+    let outputs = json!({"json": {"type": "object", "properties": {"city": {"type": "string"}}}});
+    let bound = json!({"messages": plain[0]["messages"], "max_tokens": 30, "structured_outputs": outputs});
+    plain.into_iter().chain(chosen).chain([bound]).chain(steered(&bound_chat())).collect()
 }
 
 /// What is no plain word.
@@ -94,6 +96,7 @@ pub(super) fn completion() -> Vec<Value> {
     let mut bodies = steered(&json!({"prompt": "Once", "max_tokens": 8, "regex": "[a-z]{1,4}"}));
     bodies.extend([
         json!({"prompt": "Once upon a time", "max_tokens": 8, "temperature": 0.5, "seed": 7, "stop": ["."]}),
+        json!({"prompt": "Once", "max_tokens": 8, "structured_outputs": {"choice": ["upon", "more"]}}),
         json!({"prompt": [[1, 300], [1, 301]], "max_tokens": 2, "stream": true, "stream_options": {"include_usage": true}}),
     ]);
     bodies

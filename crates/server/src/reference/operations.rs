@@ -52,6 +52,7 @@ fn operations(state: &AppState) -> Vec<(Method, &'static str, &'static str, Opti
         (get.clone(), "/v1/responses/{id}", "Gives a kept response again", None),
         (delete, "/v1/responses/{id}", "Forgets a response", None),
         (get.clone(), "/v1/responses/{id}/input_items", "Pages through what a response answered", None),
+        (post.clone(), "/v1/responses/{id}/cancel", "Says why a response cannot be cancelled", None),
         (post.clone(), "/v1/messages", "Answers a conversation in Anthropic's form", message),
         (post.clone(), "/v1/messages/count_tokens", "Counts what a conversation sends to the model", count),
         (post.clone(), "/v1/routing/analyze", "Says how the routers take given texts", analysis),

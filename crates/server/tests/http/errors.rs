@@ -97,6 +97,7 @@ async fn wrong_fields_are_refused_by_path() {
         (json!({"chat_template": "{{ 1 }}"}), "chat_template", "unknown_parameter"),
         (json!({"prompt_logprobs": 21}), "prompt_logprobs", "integer_above_max_value"),
         (json!({"return_token_ids": 1}), "return_token_ids", "invalid_type"),
+        (json!({"return_tokens_as_token_ids": "yes"}), "return_tokens_as_token_ids", "invalid_type"),
         (json!({"timings": 1}), "timings", "invalid_type"),
         (json!({"return_progress": true}), "return_progress", "invalid_value"),
         (json!({"sse_ping_interval": 5}), "sse_ping_interval", "invalid_value"),
@@ -192,6 +193,8 @@ async fn integers_of_every_size_in_every_field_are_answered_or_refused_by_name()
         "regex",
         "choice",
         "grammar",
+        "structured_outputs",
+        "allowed_token_ids",
         "parallel_tool_calls",
     ];
     for (path, body) in [("/v1/chat/completions", chat_body()), ("/v1/completions", completion_body())] {

@@ -52,6 +52,29 @@ async fn token_ids_are_those_of_the_prompt_and_of_everything_taken() {
 }
 
 #[tokio::test]
+async fn logprobs_name_tokens_by_their_ids_on_request() {
+    let server = server(scripted(say("one two")));
+    let named = |ids: &[u32]| json!(ids.iter().map(|id| format!("token_id:{id}")).collect::<Vec<_>>());
+    let body = json!({"return_tokens_as_token_ids": true});
+    let completion = json!({"prompt": [[1, 300]], "logprobs": 2, "echo": true});
+    let whole = server.complete(with(completion, body.clone())).await.json();
+    let logprobs = &whole["choices"][0]["logprobs"];
+    let expected = [vec![1, 300], ids("one two")].concat();
+    assert_eq!(logprobs["tokens"], named(&expected));
+    for (token, top) in expected.iter().zip(logprobs["top_logprobs"].as_array().unwrap()).skip(1) {
+        let top = top.as_object().unwrap();
+        assert!(top.len() >= 2 && top.contains_key(&format!("token_id:{token}")), "{top:?}");
+        assert!(top.keys().all(|name| name.starts_with("token_id:")), "{top:?}");
+    }
+    let chat = with(json!({"logprobs": true, "top_logprobs": 1, "stream": true}), body);
+    let chunks = server.chat(chat).await.chunks();
+    let scores = chunks.iter().filter_map(|chunk| chunk["choices"][0]["logprobs"]["content"].as_array());
+    let scores: Vec<&Value> = scores.flatten().collect();
+    assert_eq!(json!(scores.iter().map(|score| &score["token"]).collect::<Vec<_>>()), named(&ids("one two")));
+    assert!(scores.iter().all(|score| score["token"] == score["top_logprobs"][0]["token"]));
+}
+
+#[tokio::test]
 async fn prompts_are_scored_as_by_vllm() {
     let server = server(scripted(say("x")));
     let prompt = server.tokenize(json!({"prompt": "one two"})).await;
@@ -123,7 +146,7 @@ async fn a_stream_says_how_far_its_prompt_is() {
     let chunks = server.complete(body).await.chunks();
     let progress: Vec<&Value> = chunks.iter().filter_map(|chunk| chunk.get("prompt_progress")).collect();
     let processed: Vec<u64> = progress.iter().map(|p| p["processed"].as_u64().unwrap()).collect();
-    assert_eq!(processed, [4, 8, 10]);
+    assert_eq!(processed, [0, 4, 8, 10]);
     assert!(progress.iter().all(|p| p["total"] == 10 && p["cache"] == 0 && p["time_ms"].is_u64()));
     assert_eq!(content(&chunks, 0), " x");
 }

@@ -68,6 +68,23 @@ async fn a_stream_that_nobody_reads_is_cancelled_and_says_so() {
 }
 
 #[tokio::test]
+async fn a_response_under_way_is_known_to_the_url_that_cannot_cancel_it() {
+    let server = server(slow());
+    let body = json!({"input": "hi", "stream": true}).to_string();
+    let response = server.app.clone().oneshot(post_request("/v1/responses", body)).await.unwrap();
+    let mut stream = response.into_body();
+    let first = stream.frame().await.unwrap().unwrap().into_data().unwrap();
+    let first = String::from_utf8_lossy(&first).into_owned();
+    let id = first.split("\"id\":\"").nth(1).and_then(|rest| rest.split('"').next()).unwrap();
+    let post = |path: String| server.send(post_request(&path, String::new()));
+    let refused = post(format!("/v1/responses/{id}/cancel")).await;
+    assert_eq!(refused.error().1, json!("response_not_cancellable"), "{first}");
+    assert_eq!(post(format!("/v1/cancel/{id}")).await.json()["cancelled"], true);
+    let rest = stream.collect().await.unwrap().to_bytes();
+    assert!(String::from_utf8_lossy(&rest).contains("response.incomplete"));
+}
+
+#[tokio::test]
 async fn a_deadline_cuts_an_answer_short() {
     let server = server(slow());
     let answer = server.chat(json!({"deadline_ms": 200, "ignore_eos": true})).await.json();

@@ -273,6 +273,17 @@ async fn what_is_not_to_be_stored_or_is_another_keys_is_not_found() {
     let stored = create(json!({})).await.json();
     assert_eq!(get("one", &stored).await.status, StatusCode::OK);
     assert_eq!(get("two", &stored).await.status, StatusCode::NOT_FOUND);
+    let cancel = |key, response: &Value| {
+        let path = format!("/v1/responses/{}/cancel", response["id"].as_str().unwrap());
+        send(key, Request::post(path).body(Body::empty()).unwrap())
+    };
+    let refused = cancel("one", &stored).await;
+    assert_eq!(
+        (refused.status, refused.error().1),
+        (StatusCode::BAD_REQUEST, json!("response_not_cancellable"))
+    );
+    assert_eq!(cancel("two", &stored).await.error().1, json!("response_not_found"));
+    assert_eq!(cancel("one", &unstored).await.error().1, json!("response_not_found"));
     create(json!({})).await;
     assert_eq!(get("one", &stored).await.status, StatusCode::NOT_FOUND);
 }

@@ -70,21 +70,52 @@ async fn texts_of_a_regex_a_choice_a_grammar_and_any_object() {
             text.starts_with('<') && text.ends_with('>')
         }),
     ] {
-        let body = with(body, json!({"temperature": 1.5, "n": 3}));
-        for (answer, field) in
-            [(server.chat(body.clone()).await, "message"), (server.complete(body.clone()).await, "text")]
-        {
-            for choice in answer.json()["choices"].as_array().unwrap() {
-                let text = choice[field].as_str().or(choice["message"]["content"].as_str()).unwrap();
-                assert!(is_right(text) && choice["finish_reason"] == "stop", "{body}: {choice}");
+        for body in [json!({"structured_outputs": body}), body] {
+            let body = with(body, json!({"temperature": 1.5, "n": 3}));
+            for (answer, field) in
+                [(server.chat(body.clone()).await, "message"), (server.complete(body.clone()).await, "text")]
+            {
+                for choice in answer.json()["choices"].as_array().unwrap() {
+                    let text = choice[field].as_str().or(choice["message"]["content"].as_str()).unwrap();
+                    assert!(is_right(text) && choice["finish_reason"] == "stop", "{body}: {choice}");
+                }
             }
         }
     }
+    for seed in 0..3 {
+        let outputs = json!({"json": person(), "json_object": false, "regex": null});
+        let body = json!({"structured_outputs": outputs, "temperature": 2, "max_tokens": 300, "seed": seed});
+        let choice = server.complete(body).await.json()["choices"][0].clone();
+        if choice["finish_reason"] == "stop" {
+            check_person(choice["text"].as_str().unwrap());
+        }
+    }
     let scripted = crate::support::server(scripted(say("{\"a\": [1, {\"b\": null}]} and more")));
-    let answer =
-        scripted.chat(json!({"response_format": {"type": "json_object"}, "temperature": 0})).await.json();
-    assert_eq!(answer["choices"][0]["message"]["content"], "{\"a\": [1, {\"b\": null}]}");
-    assert_eq!(answer["choices"][0]["finish_reason"], "stop");
+    for form in [
+        json!({"response_format": {"type": "json_object"}}),
+        json!({"structured_outputs": {"json_object": true}}),
+    ] {
+        let answer = scripted.chat(with(form, json!({"temperature": 0}))).await.json();
+        assert_eq!(answer["choices"][0]["message"]["content"], "{\"a\": [1, {\"b\": null}]}");
+        assert_eq!(answer["choices"][0]["finish_reason"], "stop");
+    }
+}
+
+#[tokio::test]
+async fn an_answer_of_allowed_tokens_has_no_other_and_ends_if_it_may() {
+    let server = server(FakeRunner::new(limits()));
+    for (allowed, end) in [(vec![400, 37, 400], "length"), (vec![37, 400, 2], "stop")] {
+        let body = json!({
+            "allowed_token_ids": allowed, "return_token_ids": true, "logit_bias": {"2": 100}, "max_tokens": 9, "n": 3,
+        });
+        for answer in [server.chat(body.clone()).await, server.complete(body).await] {
+            for choice in answer.json()["choices"].as_array().unwrap() {
+                let taken = choice["token_ids"].as_array().unwrap();
+                assert!(taken.iter().all(|id| allowed.contains(&id.as_i64().unwrap())), "{choice}");
+                assert_eq!(choice["finish_reason"], end);
+            }
+        }
+    }
 }
 
 #[tokio::test]
@@ -164,6 +195,7 @@ async fn what_cannot_be_compiled_is_a_400_at_its_place() {
     let bad_tool = json!({"type": "function", "function": {"name": "g", "parameters": bad, "strict": true}});
     let schema = "response_format.json_schema.schema";
     let named = json!({"type": "function", "function": {"name": "nobody"}});
+    let outputs = |outputs: Value| json!({"structured_outputs": outputs});
     for (body, param) in [
         (json!({"response_format": json_schema(bad.clone())}), format!("{schema}.properties.a.items")),
         (json!({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}), schema.into()),
@@ -174,6 +206,23 @@ async fn what_cannot_be_compiled_is_a_400_at_its_place() {
         (json!({"grammar": "start: x"}), "grammar".into()),
         (json!({"choice": []}), "choice".into()),
         (json!({"regex": "a", "choice": ["a"]}), "choice".into()),
+        (outputs(json!({"json": bad.clone()})), "structured_outputs.json.properties.a.items".into()),
+        (outputs(json!({"json": "{}"})), "structured_outputs.json".into()),
+        (outputs(json!({"regex": "("})), "structured_outputs.regex".into()),
+        (outputs(json!({"regex": {}})), "structured_outputs.regex".into()),
+        (outputs(json!({"choice": ["a", 1]})), "structured_outputs.choice[1]".into()),
+        (outputs(json!({"grammar": ""})), "structured_outputs.grammar".into()),
+        (outputs(json!({"json_object": "yes"})), "structured_outputs.json_object".into()),
+        (outputs(json!({"backend": "auto"})), "structured_outputs.backend".into()),
+        (outputs(json!({"regex": "a", "json_object": true})), "structured_outputs".into()),
+        (outputs(json!({})), "structured_outputs".into()),
+        (with(outputs(json!({"regex": "a"})), json!({"regex": "a"})), "regex".into()),
+        (outputs(json!("regex")), "structured_outputs".into()),
+        (json!({"allowed_token_ids": []}), "allowed_token_ids".into()),
+        (json!({"allowed_token_ids": [5, 1 << 20]}), "allowed_token_ids[1]".into()),
+        (json!({"allowed_token_ids": 5}), "allowed_token_ids".into()),
+        (json!({"allowed_token_ids": [5], "regex": "a"}), "allowed_token_ids".into()),
+        (json!({"allowed_token_ids": [5], "tools": [tool("f", true)]}), "allowed_token_ids".into()),
         (
             json!({"tools": [tool("f", true), bad_tool]}),
             "tools[1].function.parameters.properties.a.items".into(),

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use crate::api::chat::{TokenLogprob, described};
 use crate::choice_text::{Delta, Ending};
-use crate::logprobs::TokenScore;
+use crate::logprobs::{TokenNames, TokenScore};
 use crate::random;
 use crate::tool_calls::ToolCall;
 
@@ -47,7 +47,7 @@ impl Output {
 
     pub(super) fn logprobs(&self, scores: Vec<TokenScore>) -> impl Serialize {
         let scores = if self.has_logprobs { scores } else { Vec::new() };
-        scores.into_iter().map(described).collect::<Vec<TokenLogprob>>()
+        scores.into_iter().map(|score| described(score, TokenNames::Texts)).collect::<Vec<TokenLogprob>>()
     }
 }
 

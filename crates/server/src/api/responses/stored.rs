@@ -1,4 +1,5 @@
-//! `GET` and `DELETE /v1/responses/{id}`, and `GET /v1/responses/{id}/input_items`: responses that were kept.
+//! `GET` and `DELETE /v1/responses/{id}`, `GET /v1/responses/{id}/input_items` and `POST /v1/responses/{id}/cancel`:
+//! responses that were kept.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -59,6 +60,18 @@ pub(crate) async fn delete(
     } else {
         Err(ApiError::response_not_found(&id))
     }
+}
+
+/// Says why a response is not cancelled.
+pub(crate) async fn cancel(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    Path(id): Path<String>,
+) -> ApiError {
+    if state.running.has(&id, caller) {
+        return ApiError::response_not_cancellable();
+    }
+    find(&state, &id, caller).map_or_else(|error| error, |_| ApiError::response_not_cancellable())
 }
 
 /// Pages through what a response answered, the newest first unless asked otherwise.
