@@ -31,7 +31,7 @@ pub enum Isa {
     Avx512Vnni,
     /// x86-64 with AVX-512 F, BW, VNNI and BF16: 16 lanes of `vdpbf16ps` or `vpdpbusd`.
     Avx512Bf16,
-    /// The same with AMX: tiles of up to 16 tokens, `tdpbf16ps` or `tdpbsud`.
+    /// The same with AMX: tiles of up to 16 tokens, `tdpbf16ps` or `tdpbssd`.
     Avx512Amx,
 }
 

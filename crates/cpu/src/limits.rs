@@ -93,7 +93,7 @@ struct Dot<'a> {
 impl Kernel for Dot<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let purpose = if self.integers { TileUse::Quads { offset: 0 } } else { TileUse::Pairs };
+        let purpose = if self.integers { TileUse::Quads } else { TileUse::Pairs };
         if let Some(tiles) = simd.tiles(purpose, TILE_TOKENS) {
             let operations: usize = (0..DOT_STEPS).map(|_| tiles.multiply()).sum();
             self.operations.fetch_add(operations as u64, Ordering::Relaxed);

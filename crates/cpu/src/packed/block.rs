@@ -9,6 +9,8 @@
 //! q4   scales f16[2][16] │ quads 0 (low halves) and 4 (high) of rows 0..16, of rows 16..32 │ quads 1 and 5 ...
 //! ```
 
+use std::mem::MaybeUninit;
+
 use bytemuck::{Pod, Zeroable};
 use half::f16;
 
@@ -37,8 +39,22 @@ pub(crate) trait QuantisedBlock: Block {
     /// Quads `step` and `step + STEPS` of 16 rows, the lower or the upper half.
     fn quads<S: Simd>(&self, simd: S, step: usize, half: usize) -> [S::Quads; 2];
 
-    /// All quads, a weight a byte, where they lie or else unpacked into `room`.
-    fn whole_quads<'a>(&'a self, room: &'a mut PanelQuads) -> &'a PanelQuads;
+    /// The weights of a quad of 16 rows as signed bytes.
+    fn signed_quad(&self, quad: usize, half: usize) -> QuadBytes;
+
+    /// All weights as signed bytes, in `room`.
+    #[inline(always)]
+    fn signed_quads<'a>(&self, room: &'a mut MaybeUninit<PanelQuads>) -> &'a PanelQuads {
+        let rows: *mut QuadBytes = room.as_mut_ptr().cast();
+        for quad in 0..GROUP / QUAD {
+            for half in 0..2 {
+                // SAFETY: the room is that of two halves of all quads.
+                unsafe { rows.add(2 * quad + half).write(self.signed_quad(quad, half)) };
+            }
+        }
+        // SAFETY: all of it was written.
+        unsafe { room.assume_init_ref() }
+    }
 }
 
 /// A block of bf16 weights.
@@ -120,8 +136,10 @@ impl QuantisedBlock for Q8Block {
     }
 
     #[inline(always)]
-    fn whole_quads<'a>(&'a self, _: &'a mut PanelQuads) -> &'a PanelQuads {
-        &self.quads
+    fn signed_quad(&self, quad: usize, half: usize) -> QuadBytes {
+        let mut weights = self.quads[quad][half];
+        weights.iter_mut().for_each(|byte| *byte = byte.wrapping_sub(Self::OFFSET as u8));
+        weights
     }
 }
 
@@ -153,14 +171,11 @@ impl QuantisedBlock for Q4Block {
     }
 
     #[inline(always)]
-    fn whole_quads<'a>(&'a self, room: &'a mut PanelQuads) -> &'a PanelQuads {
-        let (low, high) = room.split_at_mut(STEPS);
-        for (stored, (low, high)) in self.quads.iter().zip(low.iter_mut().zip(high)) {
-            let bytes = stored.as_flattened().iter();
-            let places = low.as_flattened_mut().iter_mut().zip(high.as_flattened_mut());
-            bytes.zip(places).for_each(|(byte, (low, high))| (*low, *high) = (byte & 15, byte >> 4));
-        }
-        room
+    fn signed_quad(&self, quad: usize, half: usize) -> QuadBytes {
+        let shift = 4 * (quad / STEPS);
+        let mut weights = self.quads[quad % STEPS][half];
+        weights.iter_mut().for_each(|byte| *byte = (*byte >> shift & 15).wrapping_sub(Self::OFFSET as u8));
+        weights
     }
 }
 

@@ -1,4 +1,4 @@
-//! AMX: eight tiles of 1 KiB per thread, `tdpbf16ps` for bf16 and `tdpbsud` for bytes.
+//! AMX: eight tiles of 1 KiB per thread, `tdpbf16ps` for bf16 and `tdpbssd` for bytes.
 //!
 //! Compilers know neither the tiles nor, on stable Rust, the instructions, so both are named in assembly. Nothing else
 //! touches the tiles of a thread between [`Amx::new`] and its drop. Linux lends them to processes that ask.
@@ -76,7 +76,7 @@ impl Amx {
         assert!((1..=TILE_TOKENS).contains(&num_tokens));
         let (token_tiles, token_bytes, weight_rows) = match purpose {
             TileUse::Pairs => (4..6, PAIRS_BYTES, size_of::<PanelPairs>() / (2 * ROW_BYTES)),
-            TileUse::Quads { .. } => (4..5, QUADS_BYTES, size_of::<PanelQuads>() / (2 * ROW_BYTES)),
+            TileUse::Quads => (4..5, QUADS_BYTES, size_of::<PanelQuads>() / (2 * ROW_BYTES)),
         };
         let mut config =
             Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
@@ -90,14 +90,7 @@ impl Amx {
         // SAFETY: the machine has the instruction, and the configuration is one that it accepts: tiles of 1 to 16 rows
         // of up to 64 bytes.
         unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, readonly)) };
-        let amx = Self { num_tokens, purpose, not_send: PhantomData };
-        if let TileUse::Quads { offset } = purpose {
-            // What was added to the weights, taken off again by a product of its own.
-            let negative = [(-offset) as i8; ROW_BYTES];
-            // SAFETY: rows that are all the same.
-            unsafe { amx.load::<7>(negative.as_ptr().cast(), 0) };
-        }
-        amx
+        Self { num_tokens, purpose, not_send: PhantomData }
     }
 
     /// Loads a tile from rows `stride` bytes apart.
@@ -225,12 +218,10 @@ impl Tiles for Amx {
             asm!("tilezero tmm{lower}", "tilezero tmm{upper}", lower = const 2 * SET, upper = const 2 * SET + 1,
                 options(nomem, nostack, preserves_flags));
         }
-        multiply!("tdpbssd", 2 * SET, 4, 7);
-        multiply!("tdpbssd", 2 * SET + 1, 4, 7);
         self.load_weights::<5, _, _>(weights, 0);
-        multiply!("tdpbsud", 2 * SET, 4, 5);
+        multiply!("tdpbssd", 2 * SET, 4, 5);
         self.load_weights::<6, _, _>(weights, 1);
-        multiply!("tdpbsud", 2 * SET + 1, 4, 6);
+        multiply!("tdpbssd", 2 * SET + 1, 4, 6);
     }
 
     #[inline(always)]
@@ -258,11 +249,11 @@ impl Tiles for Amx {
                 multiply!("tdpbf16ps", 2, 5, 6);
                 multiply!("tdpbf16ps", 3, 5, 7);
             }
-            TileUse::Quads { .. } => {
-                multiply!("tdpbsud", 0, 4, 5);
-                multiply!("tdpbsud", 1, 4, 6);
-                multiply!("tdpbsud", 2, 4, 5);
-                multiply!("tdpbsud", 3, 4, 6);
+            TileUse::Quads => {
+                multiply!("tdpbssd", 0, 4, 5);
+                multiply!("tdpbssd", 1, 4, 6);
+                multiply!("tdpbssd", 2, 4, 5);
+                multiply!("tdpbssd", 3, 4, 6);
             }
         }
         const COLUMNS: usize = 32;

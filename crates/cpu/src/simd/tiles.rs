@@ -42,11 +42,8 @@ const PAIRS: usize = 16;
 pub(crate) enum TileUse {
     /// [`Tiles::add_pairs`].
     Pairs,
-    /// [`Tiles::dot_quads`], of weights stored as `value + offset`.
-    Quads {
-        /// Up to 128.
-        offset: i32,
-    },
+    /// [`Tiles::dot_quads`].
+    Quads,
 }
 
 /// The tiles of one thread's matrix unit, shaped for a number of tokens; free again when dropped.
@@ -70,7 +67,7 @@ pub(crate) trait Tiles {
         sums: &mut [[f32; 2 * LANE_ROWS]],
     );
 
-    /// Computes the products of [`Tiles::num_tokens`] tokens with both halves of a panel along the 32 columns that
+    /// Computes the products of [`Tiles::num_tokens`] tokens with weights, signed bytes, of both halves of a panel along the 32 columns that
     /// are group `group` of `x`, and leaves them in set `SET` of the tiles, 0 or 1.
     ///
     /// # Panics

@@ -31,11 +31,11 @@ pub(super) fn walk<S: Simd, B: QuantisedBlock, const GROUPS: usize>(
     mut meanwhile: impl FnMut(),
     sums: &mut [[f32; PANEL_ROWS]],
 ) {
-    let mut room = [[[[0; LANE_ROWS * QUAD]; 2]; GROUP / QUAD]; GROUPS];
+    let mut room = [const { MaybeUninit::uninit() }; GROUPS];
     let mut scales = [[simd.zero(); 2]; GROUPS];
     let mut weights = [&[[[0; LANE_ROWS * QUAD]; 2]; GROUP / QUAD]; GROUPS];
     for (group, (block, room)) in blocks.iter().zip(&mut room).enumerate() {
-        weights[group] = block.whole_quads(room);
+        weights[group] = block.signed_quads(room);
         scales[group] = [simd.floats(&block.scales()[0]), simd.floats(&block.scales()[1])];
     }
     let mut ints: [TileInts<GROUPS>; 2] = [const { [[MaybeUninit::uninit(); TILE_TOKENS]; GROUPS] }; 2];

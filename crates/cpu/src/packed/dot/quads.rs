@@ -20,7 +20,7 @@ impl<B: QuantisedBlock> Tokens<B> for QuantisedRows<'_> {
         S::QUAD_TOKENS
     }
 
-    const TILE_USE: TileUse = TileUse::Quads { offset: B::OFFSET };
+    const TILE_USE: TileUse = TileUse::Quads;
     /// Fewer are computed faster by vectors, and to the same bits.
     const FEWEST_TILED: usize = 8;
     const WALKED_TOKENS: usize = TILE_TOKENS;
