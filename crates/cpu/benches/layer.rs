@@ -1,8 +1,8 @@
 //! One layer of Mixtral 8x7B's width: how close decoding comes to the memory's read bandwidth, which is measured in the
 //! same run on memory of the same kind, and how many operations prefill does per second.
 //!
-//! `cargo bench -p windrose-cpu [-- ISA... FORMAT... decode|prefill]`. Weights and tokens are random and the tokens of a step differ,
-//! so that they are routed as a real batch would be. A busy machine moves both sides of a ratio: trust ratios,
+//! `cargo bench -p windrose-cpu [-- ISA... FORMAT... decode|prefill]`. Weights and tokens are random and the tokens of a
+//! step differ, so that they are routed as a real batch would be. A busy machine moves both sides of a ratio: trust ratios,
 //! and of prefill the operations per second of processor time.
 
 use std::time::Instant;

@@ -272,7 +272,8 @@ impl Scheduler {
         sequence.finish(reason);
     }
 
-    /// Gives every running sequence that lacks one token, and can take the next, that token; returns whether any was preempted.
+    /// Gives every running sequence that lacks one token, and can take the next, that token; returns whether any was
+    /// preempted.
     fn schedule_single_tokens(&mut self, room: &mut Room) -> bool {
         let mut has_preempted = false;
         let mut index = 0;

@@ -67,8 +67,8 @@ pub(crate) trait Tiles {
         sums: &mut [[f32; 2 * LANE_ROWS]],
     );
 
-    /// Computes the products of [`Tiles::num_tokens`] tokens with weights, signed bytes, of both halves of a panel along the 32 columns that
-    /// are group `group` of `x`, and leaves them in set `SET` of the tiles, 0 or 1.
+    /// Computes the products of [`Tiles::num_tokens`] tokens with weights, signed bytes, of both halves of a panel along
+    /// the 32 columns that are group `group` of `x`, and leaves them in set `SET` of the tiles, 0 or 1.
     ///
     /// # Panics
     /// If the tiles have another use, or `x` ends before the tokens or the group do.

@@ -33,7 +33,8 @@ const MAX_THREADS: usize = 2;
 const STACK_BYTES: usize = 64 << 20;
 /// Bytes of templates that are kept.
 const CACHE_BYTES: usize = 64 << 20;
-/// What a template takes: so much, and so many times its source, and its classes of bytes. Estimated from schemas of 1 to 100 kB.
+/// What a template takes: so much, and so many times its source, and its classes of bytes. Estimated from schemas of 1 to
+/// 100 kB.
 const TEMPLATE_BYTES: usize = 64 << 10;
 const TEMPLATE_BYTES_PER_BYTE: usize = 64;
 /// Tokens that are taken whole where a grammar takes all of them, besides llguidance's own slices, which are those of
@@ -102,8 +103,8 @@ impl Tokens {
 }
 
 /// Fuel for a start of 20 ms and for a mask of about 10 at most; a grammar that needs more has become too complex, and
-/// its choice ends. Of a mask the lexer has about 4 ms. The parser's items are worth 0.5 µs each, and several times that
-/// where a text can be read in many ways, which a schema and a regular expression hardly allow.
+/// its choice ends. Of a mask the lexer has about 4 ms. The parser's items are worth 0.5 µs each, and several times
+/// that where a text can be read in many ways, which a schema and a regular expression hardly allow.
 fn limits(source: &Source) -> ParserLimits {
     let step_max_items = if matches!(source, Source::Lark(_)) { 8_000 } else { 20_000 };
     ParserLimits {

@@ -1,7 +1,8 @@
 //! The series of the routers, copied from the engine's [`RoutingStats`].
 //!
 //! There are two per layer and expert and five per layer, whatever is served: 672 series for Mixtral 8x7B. All are
-//! counters, so that a range of time has means: distinct experts, imbalance and entropy per step, tokens per expert, fill of tiles.
+//! counters, so that a range of time has means: distinct experts, imbalance and entropy per step, tokens per expert, fill
+//! of tiles.
 
 use engine::{LayerStats, RoutingStats};
 use model::{ExpertLoad, RunnerLimits};
