@@ -98,8 +98,10 @@ fn rounded(weights: &[f32; GROUP], factor: f32, least: i32, most: i32) -> [i32; 
 #[inline(always)]
 fn sum(term: impl Fn(usize) -> f32) -> f32 {
     let mut lanes = [0.0; LANES];
-    for i in 0..GROUP {
-        lanes[i % LANES] += term(i);
+    for first in (0..GROUP).step_by(LANES) {
+        for (lane, sum) in lanes.iter_mut().enumerate() {
+            *sum += term(first + lane);
+        }
     }
     crate::numbers::sum_lanes(&mut lanes)
 }
