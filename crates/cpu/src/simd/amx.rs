@@ -119,6 +119,44 @@ impl Amx {
         }
     }
 
+    /// Loads a set of sums, the tiles of both halves of a panel, from rows `stride` bytes apart.
+    ///
+    /// # Safety
+    /// As for [`Amx::load`], with rows of both halves.
+    #[inline(always)]
+    unsafe fn load_sums<const SET: usize>(&self, rows: *const u8, stride: usize) {
+        const { assert!(SET < 2) };
+        // SAFETY: the caller's promise.
+        unsafe {
+            if SET == 0 {
+                self.load::<0>(rows, stride);
+                self.load::<1>(rows.add(ROW_BYTES), stride);
+            } else {
+                self.load::<2>(rows, stride);
+                self.load::<3>(rows.add(ROW_BYTES), stride);
+            }
+        }
+    }
+
+    /// Stores a set of sums to rows `stride` bytes apart.
+    ///
+    /// # Safety
+    /// As for [`Amx::store`], with rows of both halves.
+    #[inline(always)]
+    unsafe fn store_sums<const SET: usize>(&self, rows: *mut u8, stride: usize) {
+        const { assert!(SET < 2) };
+        // SAFETY: the caller's promise.
+        unsafe {
+            if SET == 0 {
+                self.store::<0>(rows, stride);
+                self.store::<1>(rows.add(ROW_BYTES), stride);
+            } else {
+                self.store::<2>(rows, stride);
+                self.store::<3>(rows.add(ROW_BYTES), stride);
+            }
+        }
+    }
+
     /// Loads the tile of some tokens' 32 columns.
     #[inline(always)]
     fn load_tokens<const TILE: usize, X>(&self, x: &[X], offset: usize, num_bytes: usize) {
@@ -170,18 +208,12 @@ impl Tiles for Amx {
         assert!(self.purpose == TileUse::Pairs);
         let last = firsts[TILES - 1];
         assert!(firsts.into_iter().all(|first| first + self.num_tokens <= sums.len()));
-        let (first_sums, last_sums) = {
-            let sums = sums.as_mut_ptr().cast::<[f32; LANE_ROWS]>();
-            // SAFETY: the assertion above.
-            unsafe { (sums.add(2 * firsts[0]), sums.add(2 * last)) }
-        };
+        let sums: *mut u8 = sums.as_mut_ptr().cast();
         // SAFETY: `num_tokens` rows of two halves from each of `firsts` on, by the assertion above.
         unsafe {
-            self.load::<0>(first_sums.cast(), STRIDE);
-            self.load::<1>(first_sums.add(1).cast(), STRIDE);
+            self.load_sums::<0>(sums.add(firsts[0] * STRIDE), STRIDE);
             if TILES == 2 {
-                self.load::<2>(last_sums.cast(), STRIDE);
-                self.load::<3>(last_sums.add(1).cast(), STRIDE);
+                self.load_sums::<1>(sums.add(last * STRIDE), STRIDE);
             }
         }
         for (group, weights) in weights.enumerate() {
@@ -199,11 +231,9 @@ impl Tiles for Amx {
         }
         // SAFETY: as for the loads.
         unsafe {
-            self.store::<0>(first_sums.cast(), STRIDE);
-            self.store::<1>(first_sums.add(1).cast(), STRIDE);
+            self.store_sums::<0>(sums.add(firsts[0] * STRIDE), STRIDE);
             if TILES == 2 {
-                self.store::<2>(last_sums.cast(), STRIDE);
-                self.store::<3>(last_sums.add(1).cast(), STRIDE);
+                self.store_sums::<1>(sums.add(last * STRIDE), STRIDE);
             }
         }
     }
@@ -227,17 +257,8 @@ impl Tiles for Amx {
     #[inline(always)]
     fn store_ints<const SET: usize>(&self, out: &mut [MaybeUninit<PanelInts>]) {
         assert!(out.len() >= self.num_tokens);
-        let out = out.as_mut_ptr().cast::<[i32; LANE_ROWS]>();
         // SAFETY: rows of two halves, as many as the tile has.
-        unsafe {
-            if SET == 0 {
-                self.store::<0>(out.cast(), size_of::<PanelInts>());
-                self.store::<1>(out.add(1).cast(), size_of::<PanelInts>());
-            } else {
-                self.store::<2>(out.cast(), size_of::<PanelInts>());
-                self.store::<3>(out.add(1).cast(), size_of::<PanelInts>());
-            }
-        }
+        unsafe { self.store_sums::<SET>(out.as_mut_ptr().cast(), size_of::<PanelInts>()) };
     }
 
     #[inline(always)]

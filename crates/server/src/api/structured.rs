@@ -1,6 +1,6 @@
 //! `response_format`, vLLM's `structured_outputs` and `allowed_token_ids`, `regex`, `choice`, `grammar`: what an answer
-//! must look like.
-//! At most one of them; all are compiled before a request is submitted, and one that cannot be is refused with its place.
+//! must look like. At most one of them; all are compiled before a request is submitted, and one that cannot be is
+//! refused with its place.
 
 use serde_json::Value;
 
