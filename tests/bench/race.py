@@ -310,13 +310,17 @@ class Race:
         load: Load,
         round_index: int,
     ) -> dict[str, float]:
-        num_requests = load.streams * (1 if self.options.quick else load.requests_per_stream)
+        requests_per_stream = load.requests_per_stream
+        if self.options.quick:
+            requests_per_stream = max(1, requests_per_stream // 8)
         # Counted in tokens by our server, in words by others.
         prompt_len = load.prompt_len
         if server.engine == SERVER:
             prompt_len = self.words_of_prompt(url, load)
         lengths = (prompt_len, load.output_len)
-        report = self.ask(url, load.streams, num_requests, lengths, round_index)
+        # Prompts of its own: a server may have kept those of another load.
+        seed = round_index * len(LOADS) + LOADS.index(load)
+        report = self.ask(url, load.streams, load.streams * requests_per_stream, lengths, seed)
         figures = {
             OUTPUT: report["output_tokens_per_s"],
             REQUESTS: report["requests_per_s"],

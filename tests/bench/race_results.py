@@ -77,8 +77,8 @@ class Load:
 
 
 SLICE_8, SLICE_32 = (Load("slice", streams, 32, 2, (OUTPUT, TTFT, PROMPT)) for streams in (8, 32))
-TINY = Load("tiny", 32, 64, 8, (OUTPUT, TTFT, PROMPT))
-TINY_ONE = Load("tiny", 32, 1, 8, (REQUESTS,))
+TINY = Load("tiny", 32, 64, 16, (OUTPUT, TTFT, PROMPT))
+TINY_ONE = Load("tiny", 32, 1, 64, (REQUESTS, PROMPT))
 LOADS = (SLICE_8, SLICE_32, TINY, TINY_ONE)
 
 

@@ -266,11 +266,12 @@ impl<'a> Angles<'a> {
     #[inline(always)]
     fn turn<E: Element>(&self, head: &[f32], out: &mut [E]) {
         let half = self.cos.len();
+        let sin = &self.sin[..half];
         let (first, second) = (&head[..half], &head[half..2 * half]);
-        let (out_first, out_second) = out.split_at_mut(half);
+        let (out_first, out_second) = out[..2 * half].split_at_mut(half);
         for i in 0..half {
-            out_first[i] = Element::from_f32(first[i] * self.cos[i] - second[i] * self.sin[i]);
-            out_second[i] = Element::from_f32(second[i] * self.cos[i] + first[i] * self.sin[i]);
+            out_first[i] = Element::from_f32(first[i] * self.cos[i] - second[i] * sin[i]);
+            out_second[i] = Element::from_f32(second[i] * self.cos[i] + first[i] * sin[i]);
         }
     }
 }

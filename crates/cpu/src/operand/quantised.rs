@@ -156,5 +156,8 @@ fn largest_magnitude(x: &[bf16]) -> f32 {
 fn quantised(x: &[bf16], factor: f32) -> [i8; GROUP] {
     let mut padded = [bf16::ZERO; GROUP];
     padded[..x.len()].copy_from_slice(x);
-    padded.map(|x| nearest_i8(Element::to_f32(x) * factor))
+    // Not `map`, which would not be compiled for the instruction set.
+    let mut values = [0; GROUP];
+    values.iter_mut().zip(padded).for_each(|(value, x)| *value = nearest_i8(Element::to_f32(x) * factor));
+    values
 }

@@ -56,7 +56,8 @@ struct Delta {
 /// Asks, and reads the answer to its end.
 ///
 /// # Errors
-/// If there is none, or not all of one: a refusal, an error in the stream, a stream without text or cut short.
+/// If there is none, or not all of one: a refusal, an error in the stream, a stream cut short, or one with neither text
+/// nor tokens. (Some tokens have no text, and an answer may have no others.)
 pub(super) async fn ask(client: &ApiClient, path: &str, body: Bytes) -> Result<Answer> {
     let sent_at = Instant::now();
     let mut body = client.stream(path, body).await?;
@@ -69,7 +70,7 @@ pub(super) async fn ask(client: &ApiClient, path: &str, body: Bytes) -> Result<A
         }
     }
     ensure!(answer.is_done, "the stream ended without [DONE]");
-    ensure!(!answer.text_at.is_empty(), "the answer has no text");
+    ensure!(answer.num_output_tokens() > 0, "the answer has no text");
     Ok(answer)
 }
 
