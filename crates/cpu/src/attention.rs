@@ -95,13 +95,16 @@ impl Kernel for MergeSplits<'_> {
         let head_dim = self.inputs.kv.shape.head_dim;
         let (features, width) = (HEADS * head_dim, HEADS * Softmax::width(head_dim));
         let kv_head = self.out.cols().start / self.inputs.group_features();
+        let (mut merged, mut partial) = (Softmax::new(), Softmax::new());
         for row in self.out.rows() {
             for (index, out) in self.out.row(row).chunks_mut(features).enumerate() {
                 let num_heads = out.len() / head_dim;
-                let mut merged = Softmax::new();
-                for item in self.splits.items(row, kv_head) {
-                    let partial = &self.partials.row(item)[index * width..];
-                    merged.merge(&Softmax::load(partial, num_heads, head_dim), num_heads, head_dim);
+                for (split, item) in self.splits.items(row, kv_head).enumerate() {
+                    let next = if split == 0 { &mut merged } else { &mut partial };
+                    next.load(&self.partials.row(item)[index * width..], num_heads, head_dim);
+                    if split > 0 {
+                        merged.merge(&partial, num_heads, head_dim);
+                    }
                 }
                 merged.finish(out, head_dim);
             }
@@ -133,13 +136,14 @@ impl<S: Simd> OverKvHead for WholeContexts<'_, S> {
     fn run<H: CachedHead>(mut self, kv_head: usize, head: H) {
         let features = HEADS * self.inputs.kv.shape.head_dim;
         let mut scratch = Scratch::<H>::new();
+        let (mut merged, mut partial) = (Softmax::new(), Softmax::new());
         for row in self.out.rows() {
             let context = Context::new(&self.inputs, row, head);
             let queries = self.inputs.queries(row, kv_head).chunks(features);
             for (queries, out) in queries.zip(self.out.row(row).chunks_mut(features)) {
-                let mut merged = Softmax::new();
-                for split in 0..split_range(&context.visible).len() {
-                    let partial = attend(self.simd, &context, split, queries, &mut scratch);
+                attend(self.simd, &context, 0, queries, &mut scratch, &mut merged);
+                for split in 1..split_range(&context.visible).len() {
+                    attend(self.simd, &context, split, queries, &mut scratch, &mut partial);
                     merged.merge(&partial, queries.len() / context.head_dim, context.head_dim);
                 }
                 merged.finish(out, context.head_dim);
@@ -162,9 +166,10 @@ impl<S: Simd> OverKvHead for OneSplit<'_, '_, S> {
         let head_dim = self.inputs.kv.shape.head_dim;
         let context = Context::new(&self.inputs, self.row, head);
         let queries = self.inputs.queries(self.row, kv_head).chunks(HEADS * head_dim);
-        let mut scratch = Scratch::<H>::new();
+        let (mut scratch, mut softmax) = (Scratch::<H>::new(), Softmax::new());
         for (queries, partial) in queries.zip(self.partial.chunks_mut(HEADS * Softmax::width(head_dim))) {
-            attend(self.simd, &context, self.split, queries, &mut scratch).store(partial, head_dim);
+            attend(self.simd, &context, self.split, queries, &mut scratch, &mut softmax);
+            softmax.store(partial, head_dim);
         }
     }
 }
@@ -249,7 +254,7 @@ impl<H: CachedHead> Scratch<H> {
     }
 }
 
-/// The running softmax of one split for up to [`HEADS`] query heads, which lie one after another.
+/// Computes the softmax of one split for up to [`HEADS`] query heads, which lie one after another.
 #[inline(always)]
 fn attend<S: Simd, H: CachedHead>(
     simd: S,
@@ -257,23 +262,24 @@ fn attend<S: Simd, H: CachedHead>(
     split: usize,
     queries: &[bf16],
     scratch: &mut Scratch<H>,
-) -> Softmax {
+    softmax: &mut Softmax,
+) {
     let (head, head_dim) = (&context.head, context.head_dim);
     let scale = 1.0 / (head_dim as f32).sqrt();
     let num_heads = queries.len() / head_dim;
     let mut scores: Scores = [[0.0; CHUNK]; HEADS];
-    let mut softmax = Softmax::new();
+    softmax.begin(num_heads, head_dim);
     for positions in context.chunks(split) {
         let slots = context.slots(positions.clone());
         let lanes = positions.start % CHUNK..positions.start % CHUNK + positions.len();
         score(simd, context.keys(&positions, &mut scratch.keys), queries, scale, &mut scores);
-        for (index, weights) in scores[..num_heads].iter_mut().enumerate() {
-            head.scale_by_keys(slots.clone(), &mut weights[lanes.clone()]);
-            softmax.take_weights(index, weights, lanes.clone(), head_dim);
-            head.scale_by_values(slots.clone(), &mut weights[lanes.clone()]);
-        }
+        let weights = &mut scores[..num_heads];
+        weights.iter_mut().for_each(|scores| head.scale_by_keys(slots.clone(), &mut scores[lanes.clone()]));
+        softmax.take_weights(weights, lanes.clone(), head_dim);
+        weights
+            .iter_mut()
+            .for_each(|weights| head.scale_by_values(slots.clone(), &mut weights[lanes.clone()]));
         let values = head.values(slots, head_dim, &mut scratch.values);
         softmax.add_values(num_heads, &scores, lanes.start, &values, head_dim);
     }
-    softmax
 }

@@ -1,5 +1,6 @@
 //! The softmax of a few query heads over values that are seen a chunk at a time.
 
+use std::mem;
 use std::ops::{Deref, Range};
 
 use half::bf16;
@@ -25,10 +26,17 @@ pub(super) struct Softmax {
 }
 
 impl Softmax {
-    /// The softmax of nothing.
+    /// Room for a softmax.
     #[inline(always)]
     pub(super) fn new() -> Self {
-        Self { max: [f32::NEG_INFINITY; HEADS], sum: [0.0; HEADS], values: [[0.0; MAX_HEAD_DIM]; HEADS] }
+        Self { max: [0.0; HEADS], sum: [0.0; HEADS], values: [[0.0; MAX_HEAD_DIM]; HEADS] }
+    }
+
+    /// Becomes the softmax of nothing, of so many heads.
+    #[inline(always)]
+    pub(super) fn begin(&mut self, num_heads: usize, head_dim: usize) {
+        (self.max, self.sum) = ([f32::NEG_INFINITY; HEADS], [0.0; HEADS]);
+        self.values[..num_heads].iter_mut().for_each(|values| values[..head_dim].fill(0.0));
     }
 
     /// Numbers of a head in memory.
@@ -38,13 +46,11 @@ impl Softmax {
 
     /// Reads what [`Softmax::store`] wrote of so many heads.
     #[inline(always)]
-    pub(super) fn load(numbers: &[f32], num_heads: usize, head_dim: usize) -> Self {
-        let mut running = Self::new();
+    pub(super) fn load(&mut self, numbers: &[f32], num_heads: usize, head_dim: usize) {
         for (head, numbers) in numbers.chunks_exact(Self::width(head_dim)).take(num_heads).enumerate() {
-            [running.max[head], running.sum[head]] = [numbers[0], numbers[1]];
-            running.values[head][..head_dim].copy_from_slice(&numbers[2..]);
+            [self.max[head], self.sum[head]] = [numbers[0], numbers[1]];
+            self.values[head][..head_dim].copy_from_slice(&numbers[2..]);
         }
-        running
     }
 
     /// Writes as many heads as there is room for.
@@ -78,27 +84,24 @@ impl Softmax {
         }
     }
 
-    /// Turns a chunk's scores in some lanes into weights, zeros in the others, and scales what came before to the new
-    /// maximum.
+    /// Turns the scores of the first heads in some lanes of a chunk into weights, zeros in the others, and scales what
+    /// came before to the new maxima.
     #[inline(always)]
-    pub(super) fn take_weights(
-        &mut self,
-        head: usize,
-        scores: &mut [f32; CHUNK],
-        lanes: Range<usize>,
-        head_dim: usize,
-    ) {
-        scores[..lanes.start].fill(f32::NEG_INFINITY);
-        scores[lanes.end..].fill(f32::NEG_INFINITY);
+    pub(super) fn take_weights(&mut self, scores: &mut [[f32; CHUNK]], lanes: Range<usize>, head_dim: usize) {
         let larger = |a: f32, b: f32| if b > a { b } else { a };
-        let max = larger(self.max[head], fold_lanes(&mut scores.clone(), larger));
-        let scale = exp(self.max[head] - max);
-        scores.iter_mut().for_each(|score| *score = exp(*score - max));
-        scores[..lanes.start].fill(0.0);
-        scores[lanes.end..].fill(0.0);
-        self.max[head] = max;
-        self.sum[head] = self.sum[head] * scale + sum_lanes(&mut scores.clone());
-        self.values[head][..head_dim].iter_mut().for_each(|x| *x *= scale);
+        let mut scales = [0.0; HEADS];
+        for ((scores, max), scale) in scores.iter_mut().zip(&mut self.max).zip(&mut scales) {
+            keep(scores, &lanes, f32::NEG_INFINITY);
+            let before = mem::replace(max, larger(*max, fold_lanes(&mut scores.clone(), larger)));
+            *scale = before - *max;
+        }
+        scales.iter_mut().for_each(|scale| *scale = exp(*scale));
+        for (head, (weights, scale)) in scores.iter_mut().zip(scales).enumerate() {
+            weights.iter_mut().for_each(|score| *score = exp(*score - self.max[head]));
+            keep(weights, &lanes, 0.0);
+            self.sum[head] = self.sum[head] * scale + sum_lanes(&mut weights.clone());
+            self.values[head][..head_dim].iter_mut().for_each(|x| *x *= scale);
+        }
     }
 
     /// Adds a chunk's values, weighted by those in the lanes from `first_lane` on, to the first heads.
@@ -165,6 +168,15 @@ impl Softmax {
         for (sums, values) in sums.iter().zip(&mut self.values[head..]) {
             values[first..first + N].copy_from_slice(sums);
         }
+    }
+}
+
+/// Replaces the numbers outside of some lanes.
+#[inline(always)]
+fn keep(numbers: &mut [f32; CHUNK], lanes: &Range<usize>, other: f32) {
+    let (start, end) = (lanes.start as u32, lanes.end as u32);
+    for (lane, number) in (0..).zip(numbers) {
+        *number = if start <= lane && lane < end { *number } else { other };
     }
 }
 
