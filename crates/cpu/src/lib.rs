@@ -350,8 +350,9 @@ impl Backend for Cpu {
         let Self { isa, ref mut team, ref batch, ref mut splits, ref mut partials, .. } = *self;
         let inputs = Inputs { q: q.bf16(), kv, batch };
         let (num_tokens, features) = (batch.num_tokens(), out.features());
-        // Few tokens are usually decodes, each with a context of its own; many are chunks of prompts.
-        let band_rows = if num_tokens <= 64 { 1 } else { 8 };
+        // Few tokens of a sequence are decodes, each with a context of its own; many are chunks of prompts, of which
+        // neighbours share their keys and values.
+        let band_rows = if num_tokens < 4 * batch.num_seqs() { 1 } else { 16 };
         let out = out.bf16_mut(num_tokens);
         let grid = Grid::new(out, features, band_rows, kv.group_len() * kv.shape.head_dim);
         if grid.num_tiles() < 4 * team.num_threads() {

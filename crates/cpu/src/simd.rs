@@ -46,7 +46,9 @@ pub(crate) mod neon;
 pub(crate) use avx2::Avx2;
 use half::{bf16, f16};
 pub(crate) use portable::Portable;
-pub(crate) use tiles::{NoTiles, PanelInts, PanelQuads, TILE_TOKENS, TileUse, Tiles};
+
+use crate::numbers;
+pub(crate) use tiles::{NoTiles, PanelInts, PanelPairs, PanelQuads, TILE_TOKENS, TileUse, Tiles};
 
 /// Rows of weights whose sums advance together, one per lane.
 pub(crate) const LANE_ROWS: usize = 16;
@@ -161,4 +163,16 @@ pub(crate) trait Simd: Copy {
 
     /// `out += x · scale`, rounded once.
     fn add_scaled(self, out: &mut [f32; LANE_ROWS], x: Self::Floats, scale: f32);
+
+    /// Sums numbers as a balanced tree: the upper half onto the lower until one is left.
+    #[inline(always)]
+    fn sum(self, numbers: &[f32; 2 * LANE_ROWS]) -> f32 {
+        numbers::sum_lanes(&mut numbers.clone())
+    }
+
+    /// The largest of some numbers, or anything if one is NaN.
+    #[inline(always)]
+    fn largest(self, numbers: &[f32; 2 * LANE_ROWS]) -> f32 {
+        numbers::fold_lanes(&mut numbers.clone(), |a, b| if b > a { b } else { a })
+    }
 }

@@ -11,13 +11,11 @@ use crate::simd::{LANE_ROWS, PAIR, RowPairs};
 /// Where 16 keys are widened to bf16 or put side by side, if they must be.
 pub(super) type KeyScratch = [RowPairs; MAX_HEAD_DIM / PAIR];
 
+/// Where the values of a chunk are widened to bf16, if they must be.
+pub(super) type WideValues = [[bf16; MAX_HEAD_DIM]; CHUNK];
+
 /// The planes of one kv head, to be read.
 pub(super) trait CachedHead: Copy {
-    /// Where the values of a chunk are widened to bf16, if they must be.
-    type ValueScratch;
-
-    fn value_scratch() -> Self::ValueScratch;
-
     /// The keys that lie side by side with a slot's, as they lie; of 8-bit heads before their scales.
     fn keys_beside<'a>(&'a self, slot: usize, head_dim: usize, scratch: &'a mut KeyScratch) -> KeyLanes<'a>;
 
@@ -36,16 +34,16 @@ pub(super) trait CachedHead: Copy {
         &'a self,
         slots: impl Iterator<Item = usize>,
         head_dim: usize,
-        scratch: &'a mut Self::ValueScratch,
+        scratch: &'a mut WideValues,
     ) -> Values<'a>;
 
-    /// Multiplies each number by the scale of its slot's key.
+    /// Multiplies the scores of some queries, from a lane on, by the scales of their slots' keys.
     #[inline(always)]
-    fn scale_by_keys(&self, _: impl Iterator<Item = usize>, _: &mut [f32]) {}
+    fn scale_by_keys(&self, _: impl Iterator<Item = usize>, _first_lane: usize, _: &mut [[f32; CHUNK]]) {}
 
-    /// Multiplies each number by the scale of its slot's value.
+    /// Multiplies the weights of some queries, from a lane on, by the scales of their slots' values.
     #[inline(always)]
-    fn scale_by_values(&self, _: impl Iterator<Item = usize>, _: &mut [f32]) {}
+    fn scale_by_values(&self, _: impl Iterator<Item = usize>, _first_lane: usize, _: &mut [[f32; CHUNK]]) {}
 }
 
 /// What is done with a kv head, in either format of the cache.
@@ -81,10 +79,6 @@ struct Bf16Head<'k> {
 }
 
 impl CachedHead for Bf16Head<'_> {
-    type ValueScratch = ();
-
-    fn value_scratch() {}
-
     #[inline(always)]
     fn keys_beside<'a>(&'a self, slot: usize, head_dim: usize, _: &'a mut KeyScratch) -> KeyLanes<'a> {
         let (first, _) = key_place(slot, head_dim);
@@ -107,7 +101,7 @@ impl CachedHead for Bf16Head<'_> {
         &'a self,
         slots: impl Iterator<Item = usize>,
         head_dim: usize,
-        (): &'a mut (),
+        _: &'a mut WideValues,
     ) -> Values<'a> {
         Values::new(slots.map(|slot| &self.values[slot * head_dim..][..head_dim]))
     }
@@ -122,12 +116,6 @@ struct Q8Head<'k> {
 }
 
 impl CachedHead for Q8Head<'_> {
-    type ValueScratch = [[bf16; MAX_HEAD_DIM]; CHUNK];
-
-    fn value_scratch() -> Self::ValueScratch {
-        [[bf16::ZERO; MAX_HEAD_DIM]; CHUNK]
-    }
-
     #[inline(always)]
     fn keys_beside<'a>(&'a self, slot: usize, head_dim: usize, scratch: &'a mut KeyScratch) -> KeyLanes<'a> {
         let (first, _) = key_place(slot, head_dim);
@@ -155,7 +143,7 @@ impl CachedHead for Q8Head<'_> {
         &'a self,
         slots: impl Iterator<Item = usize>,
         head_dim: usize,
-        scratch: &'a mut Self::ValueScratch,
+        scratch: &'a mut WideValues,
     ) -> Values<'a> {
         Values::new(scratch.iter_mut().zip(slots).map(|(wide, slot)| {
             let wide = &mut wide[..head_dim];
@@ -166,13 +154,38 @@ impl CachedHead for Q8Head<'_> {
     }
 
     #[inline(always)]
-    fn scale_by_keys(&self, slots: impl Iterator<Item = usize>, numbers: &mut [f32]) {
-        numbers.iter_mut().zip(slots).for_each(|(number, slot)| *number *= self.key_scales[slot]);
+    fn scale_by_keys(
+        &self,
+        slots: impl Iterator<Item = usize>,
+        first_lane: usize,
+        scores: &mut [[f32; CHUNK]],
+    ) {
+        multiply(scores, lanes_of(self.key_scales, slots, first_lane));
     }
 
     #[inline(always)]
-    fn scale_by_values(&self, slots: impl Iterator<Item = usize>, numbers: &mut [f32]) {
-        numbers.iter_mut().zip(slots).for_each(|(number, slot)| *number *= self.value_scales[slot]);
+    fn scale_by_values(
+        &self,
+        slots: impl Iterator<Item = usize>,
+        first_lane: usize,
+        weights: &mut [[f32; CHUNK]],
+    ) {
+        multiply(weights, lanes_of(self.value_scales, slots, first_lane));
+    }
+}
+
+/// The scales of some slots, in a chunk's lanes from `first_lane` on.
+#[inline(always)]
+fn lanes_of(scales: &[f32], slots: impl Iterator<Item = usize>, first_lane: usize) -> [f32; CHUNK] {
+    let mut lanes = [0.0; CHUNK];
+    lanes[first_lane..].iter_mut().zip(slots).for_each(|(lane, slot)| *lane = scales[slot]);
+    lanes
+}
+
+#[inline(always)]
+fn multiply(rows: &mut [[f32; CHUNK]], scales: [f32; CHUNK]) {
+    for row in rows {
+        row.iter_mut().zip(scales).for_each(|(number, scale)| *number *= scale);
     }
 }
 

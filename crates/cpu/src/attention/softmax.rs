@@ -1,179 +1,212 @@
-//! The softmax of a few query heads over values that are seen a chunk at a time.
+//! The softmax of a tile's queries over values that are seen a chunk at a time, and the weighted values by vectors.
 
-use std::mem;
 use std::ops::{Deref, Range};
 
 use half::bf16;
 
-use super::CHUNK;
-use super::scores::Scores;
+use super::{CHUNK, QUERIES};
 use crate::kv::MAX_HEAD_DIM;
-use crate::numbers::{Element, exp, fold_lanes, sum_lanes};
+use crate::numbers::{Element, exp};
+use crate::simd::Simd;
 
-/// Query heads that are computed together.
-pub(super) const HEADS: usize = 8;
+/// Features of a head that lie together.
+pub(super) const FEATURES: usize = 32;
 /// Features of the accumulators that are kept in registers while the values of a chunk stream past.
 const LANES: usize = 16;
+/// Queries whose accumulators are.
+const KEPT_QUERIES: usize = 4;
 
-/// The running softmax of up to [`HEADS`] query heads, and the values that it weighs.
+/// The running softmax of up to [`QUERIES`] queries, and the values that it weighs.
 pub(super) struct Softmax {
     /// Largest score so far.
-    max: [f32; HEADS],
+    max: [f32; QUERIES],
     /// Sum of the weights `exp(score - max)`.
-    sum: [f32; HEADS],
-    /// Weighted sum of the values.
-    values: [[f32; MAX_HEAD_DIM]; HEADS],
+    sum: [f32; QUERIES],
+    /// Weighted sum of the values, [`FEATURES`] of all queries after another.
+    values: [[[f32; FEATURES]; QUERIES]; MAX_HEAD_DIM / FEATURES],
 }
 
 impl Softmax {
-    /// Room for a softmax.
-    #[inline(always)]
     pub(super) fn new() -> Self {
-        Self { max: [0.0; HEADS], sum: [0.0; HEADS], values: [[0.0; MAX_HEAD_DIM]; HEADS] }
+        let values = [[[0.0; FEATURES]; QUERIES]; MAX_HEAD_DIM / FEATURES];
+        Self { max: [0.0; QUERIES], sum: [0.0; QUERIES], values }
     }
 
-    /// Becomes the softmax of nothing, of so many heads.
+    /// Becomes the softmax of nothing, of so many queries.
     #[inline(always)]
-    pub(super) fn begin(&mut self, num_heads: usize, head_dim: usize) {
-        (self.max, self.sum) = ([f32::NEG_INFINITY; HEADS], [0.0; HEADS]);
-        self.values[..num_heads].iter_mut().for_each(|values| values[..head_dim].fill(0.0));
+    pub(super) fn begin(&mut self, num_queries: usize, head_dim: usize) {
+        self.max[..num_queries].fill(f32::NEG_INFINITY);
+        self.sum[..num_queries].fill(0.0);
+        self.blocks(head_dim).for_each(|queries| queries[..num_queries].fill([0.0; FEATURES]));
     }
 
-    /// Numbers of a head in memory.
+    /// The weighted sums of [`FEATURES`] features after another, as far as heads reach.
+    #[inline(always)]
+    pub(super) fn blocks(
+        &mut self,
+        head_dim: usize,
+    ) -> impl Iterator<Item = &mut [[f32; FEATURES]; QUERIES]> {
+        self.values[..head_dim.div_ceil(FEATURES)].iter_mut()
+    }
+
+    /// Numbers of a query in memory.
     pub(super) const fn width(head_dim: usize) -> usize {
         2 + head_dim
     }
 
-    /// Reads what [`Softmax::store`] wrote of so many heads.
+    /// Reads what [`Softmax::store`] wrote of so many queries.
     #[inline(always)]
-    pub(super) fn load(&mut self, numbers: &[f32], num_heads: usize, head_dim: usize) {
-        for (head, numbers) in numbers.chunks_exact(Self::width(head_dim)).take(num_heads).enumerate() {
-            [self.max[head], self.sum[head]] = [numbers[0], numbers[1]];
-            self.values[head][..head_dim].copy_from_slice(&numbers[2..]);
+    pub(super) fn load(&mut self, numbers: &[f32], num_queries: usize, head_dim: usize) {
+        for (query, numbers) in numbers.chunks_exact(Self::width(head_dim)).take(num_queries).enumerate() {
+            [self.max[query], self.sum[query]] = [numbers[0], numbers[1]];
+            for (queries, numbers) in self.values.iter_mut().zip(numbers[2..].chunks(FEATURES)) {
+                queries[query][..numbers.len()].copy_from_slice(numbers);
+            }
         }
     }
 
-    /// Writes as many heads as there is room for.
+    /// Writes as many queries as there is room for.
     #[inline(always)]
     pub(super) fn store(&self, numbers: &mut [f32], head_dim: usize) {
-        for (head, numbers) in numbers.chunks_exact_mut(Self::width(head_dim)).enumerate() {
-            [numbers[0], numbers[1]] = [self.max[head], self.sum[head]];
-            numbers[2..].copy_from_slice(&self.values[head][..head_dim]);
+        for (query, numbers) in numbers.chunks_exact_mut(Self::width(head_dim)).enumerate() {
+            [numbers[0], numbers[1]] = [self.max[query], self.sum[query]];
+            for (queries, numbers) in self.values.iter().zip(numbers[2..].chunks_mut(FEATURES)) {
+                numbers.copy_from_slice(&queries[query][..numbers.len()]);
+            }
         }
     }
 
     /// Takes in the split that follows.
     #[inline(always)]
-    pub(super) fn merge(&mut self, next: &Self, num_heads: usize, head_dim: usize) {
-        for head in 0..num_heads {
-            let max = if next.max[head] > self.max[head] { next.max[head] } else { self.max[head] };
-            let scales = [exp(self.max[head] - max), exp(next.max[head] - max)];
-            self.max[head] = max;
-            self.sum[head] = self.sum[head] * scales[0] + next.sum[head] * scales[1];
-            let values = self.values[head][..head_dim].iter_mut().zip(&next.values[head]);
-            values.for_each(|(x, next)| *x = *x * scales[0] + next * scales[1]);
+    pub(super) fn merge(&mut self, next: &Self, num_queries: usize, head_dim: usize) {
+        for query in 0..num_queries {
+            let max = if next.max[query] > self.max[query] { next.max[query] } else { self.max[query] };
+            let scales = [exp(self.max[query] - max), exp(next.max[query] - max)];
+            self.max[query] = max;
+            self.sum[query] = self.sum[query] * scales[0] + next.sum[query] * scales[1];
+            for (queries, next) in self.blocks(head_dim).zip(&next.values) {
+                let values = queries[query].iter_mut().zip(&next[query]);
+                values.for_each(|(x, next)| *x = *x * scales[0] + next * scales[1]);
+            }
         }
     }
 
-    /// Writes the result of as many heads as there is room for.
+    /// Writes the result of one query.
     #[inline(always)]
-    pub(super) fn finish(&self, out: &mut [bf16], head_dim: usize) {
-        for (head, out) in out.chunks_exact_mut(head_dim).enumerate() {
-            let values = self.values[head].iter();
-            out.iter_mut().zip(values).for_each(|(out, x)| *out = Element::from_f32(x / self.sum[head]));
+    pub(super) fn finish(&self, query: usize, out: &mut [bf16]) {
+        let sum = self.sum[query];
+        for (out, queries) in out.chunks_mut(FEATURES).zip(&self.values) {
+            out.iter_mut().zip(&queries[query]).for_each(|(out, x)| *out = Element::from_f32(x / sum));
         }
     }
 
-    /// Turns the scores of the first heads in some lanes of a chunk into weights, zeros in the others, and scales what
-    /// came before to the new maxima.
+    /// Multiplies a chunk's scores by `factor` and turns them into weights, zeros in the lanes that a query does not
+    /// see; returns the scales of what came before to the new maxima.
     #[inline(always)]
-    pub(super) fn take_weights(&mut self, scores: &mut [[f32; CHUNK]], lanes: Range<usize>, head_dim: usize) {
-        let larger = |a: f32, b: f32| if b > a { b } else { a };
-        let mut scales = [0.0; HEADS];
-        for ((scores, max), scale) in scores.iter_mut().zip(&mut self.max).zip(&mut scales) {
-            keep(scores, &lanes, f32::NEG_INFINITY);
-            let before = mem::replace(max, larger(*max, fold_lanes(&mut scores.clone(), larger)));
-            *scale = before - *max;
+    pub(super) fn take_weights<S: Simd>(
+        &mut self,
+        simd: S,
+        scores: &mut [[f32; CHUNK]],
+        factor: f32,
+        lanes: impl Fn(usize) -> Range<usize>,
+    ) -> [f32; QUERIES] {
+        let mut scales = [0.0; QUERIES];
+        for (query, scores) in scores.iter_mut().enumerate() {
+            scores.iter_mut().for_each(|score| *score *= factor);
+            keep(scores, lanes(query), f32::NEG_INFINITY);
+            let (before, max) = (self.max[query], simd.largest(scores));
+            self.max[query] = if max > before { max } else { before };
+            scales[query] = before - self.max[query];
         }
         scales.iter_mut().for_each(|scale| *scale = exp(*scale));
-        for (head, (weights, scale)) in scores.iter_mut().zip(scales).enumerate() {
-            weights.iter_mut().for_each(|score| *score = exp(*score - self.max[head]));
-            keep(weights, &lanes, 0.0);
-            self.sum[head] = self.sum[head] * scale + sum_lanes(&mut weights.clone());
-            self.values[head][..head_dim].iter_mut().for_each(|x| *x *= scale);
+        for (query, weights) in scores.iter_mut().enumerate() {
+            let max = self.max[query];
+            weights.iter_mut().for_each(|score| *score = exp(*score - max));
+            keep(weights, lanes(query), 0.0);
+            self.sum[query] = self.sum[query] * scales[query] + simd.sum(weights);
         }
+        scales
     }
 
-    /// Adds a chunk's values, weighted by those in the lanes from `first_lane` on, to the first heads.
+    /// Scales what came before, and adds a chunk's values, weighted by those in the lanes from `first_lane` on.
     #[inline(always)]
     pub(super) fn add_values(
         &mut self,
-        num_heads: usize,
-        weights: &Scores,
+        scales: [f32; QUERIES],
+        weights: &[[f32; CHUNK]],
         first_lane: usize,
         values: &[&[bf16]],
         head_dim: usize,
     ) {
-        let mut head = 0;
-        while num_heads - head >= 4 {
-            self.add_values_of::<4>(head, weights, first_lane, values, head_dim);
-            head += 4;
+        let mut query = 0;
+        while weights.len() - query >= KEPT_QUERIES {
+            self.add_values_to::<KEPT_QUERIES>(query, scales, weights, first_lane, values, head_dim);
+            query += KEPT_QUERIES;
         }
-        (head..num_heads)
-            .for_each(|head| self.add_values_of::<1>(head, weights, first_lane, values, head_dim));
+        (query..weights.len())
+            .for_each(|query| self.add_values_to::<1>(query, scales, weights, first_lane, values, head_dim));
     }
 
-    /// Adds a chunk's weighted values to `H` heads, from `head` on.
+    /// Adds a chunk's weighted values to `Q` queries, from `query` on.
     #[inline(always)]
-    fn add_values_of<const H: usize>(
+    fn add_values_to<const Q: usize>(
         &mut self,
-        head: usize,
-        weights: &Scores,
+        query: usize,
+        scales: [f32; QUERIES],
+        weights: &[[f32; CHUNK]],
         first_lane: usize,
         values: &[&[bf16]],
         head_dim: usize,
     ) {
+        let scales = scales[query..].first_chunk::<Q>().expect("Q queries");
+        let weights = weights[query..].first_chunk::<Q>().expect("Q queries");
         let whole = head_dim - head_dim % LANES;
         for first in (0..whole).step_by(LANES) {
-            self.add_features::<H, LANES>(head, weights, first_lane, values, first);
+            self.add_features::<Q, LANES>(query, scales, weights, first_lane, values, first);
         }
         for feature in whole..head_dim {
-            self.add_features::<H, 1>(head, weights, first_lane, values, feature);
+            self.add_features::<Q, 1>(query, scales, weights, first_lane, values, feature);
         }
     }
 
-    /// Adds `N` features of a chunk's weighted values to `H` heads, by ascending position.
+    /// Adds `N` features of a chunk's weighted values to `Q` queries, by ascending position.
     #[inline(always)]
-    fn add_features<const H: usize, const N: usize>(
+    fn add_features<const Q: usize, const N: usize>(
         &mut self,
-        head: usize,
-        weights: &Scores,
+        query: usize,
+        scales: &[f32; Q],
+        weights: &[[f32; CHUNK]; Q],
         first_lane: usize,
         values: &[&[bf16]],
         first: usize,
     ) {
-        let mut sums = [[0.0; N]; H];
-        for (sums, values) in sums.iter_mut().zip(&self.values[head..]) {
-            sums.copy_from_slice(&values[first..first + N]);
+        let queries = &mut self.values[first / FEATURES][query..][..Q];
+        let range = first % FEATURES..first % FEATURES + N;
+        let mut sums = [[0.0; N]; Q];
+        for q in 0..Q {
+            for (sum, value) in sums[q].iter_mut().zip(&queries[q][range.clone()]) {
+                *sum = value * scales[q];
+            }
         }
         for (lane, value) in (first_lane..).zip(values) {
             let value: &[bf16] = &value[first..first + N];
-            for h in 0..H {
-                let weight = weights[head + h][lane];
+            for q in 0..Q {
+                let weight = weights[q][lane];
                 for i in 0..N {
-                    sums[h][i] += weight * Element::to_f32(value[i]);
+                    sums[q][i] += weight * Element::to_f32(value[i]);
                 }
             }
         }
-        for (sums, values) in sums.iter().zip(&mut self.values[head..]) {
-            values[first..first + N].copy_from_slice(sums);
-        }
+        queries.iter_mut().zip(&sums).for_each(|(values, sums)| values[range.clone()].copy_from_slice(sums));
     }
 }
 
 /// Replaces the numbers outside of some lanes.
 #[inline(always)]
-fn keep(numbers: &mut [f32; CHUNK], lanes: &Range<usize>, other: f32) {
+fn keep(numbers: &mut [f32; CHUNK], lanes: Range<usize>, other: f32) {
+    if lanes == (0..CHUNK) {
+        return;
+    }
     let (start, end) = (lanes.start as u32, lanes.end as u32);
     for (lane, number) in (0..).zip(numbers) {
         *number = if start <= lane && lane < end { *number } else { other };

@@ -157,6 +157,17 @@ impl Amx {
         }
     }
 
+    /// Makes a set of sums zero.
+    #[inline(always)]
+    fn zero_sums<const SET: usize>(&self) {
+        const { assert!(SET < 2) };
+        // SAFETY: the tiles belong to `self`.
+        unsafe {
+            asm!("tilezero tmm{lower}", "tilezero tmm{upper}", lower = const 2 * SET, upper = const 2 * SET + 1,
+                options(nomem, nostack, preserves_flags));
+        }
+    }
+
     /// Loads the tile of some tokens' 32 columns.
     #[inline(always)]
     fn load_tokens<const TILE: usize, X>(&self, x: &[X], offset: usize, num_bytes: usize) {
@@ -193,6 +204,19 @@ macro_rules! multiply {
     };
 }
 
+impl Amx {
+    /// Adds the products of the tokens at the start of `x` with 32 columns of both halves of a panel, which are block
+    /// `group` of theirs, to the first set of sums.
+    #[inline(always)]
+    fn multiply_pairs<X>(&self, weights: &PanelPairs, x: &[X], group: usize) {
+        self.load_tokens::<4, X>(x, group * PAIRS_BYTES, PAIRS_BYTES);
+        self.load_weights::<6, RowPairs, _>(weights, 0);
+        multiply!("tdpbf16ps", 0, 4, 6);
+        self.load_weights::<7, RowPairs, _>(weights, 1);
+        multiply!("tdpbf16ps", 1, 4, 7);
+    }
+}
+
 impl Tiles for Amx {
     #[inline(always)]
     fn add_pairs<'a, X, const TILES: usize>(
@@ -218,11 +242,7 @@ impl Tiles for Amx {
         }
         for (group, weights) in weights.enumerate() {
             meanwhile();
-            self.load_tokens::<4, X>(&x[firsts[0]..], group * PAIRS_BYTES, PAIRS_BYTES);
-            self.load_weights::<6, RowPairs, _>(weights, 0);
-            multiply!("tdpbf16ps", 0, 4, 6);
-            self.load_weights::<7, RowPairs, _>(weights, 1);
-            multiply!("tdpbf16ps", 1, 4, 7);
+            self.multiply_pairs(weights, &x[firsts[0]..], group);
             if TILES == 2 {
                 self.load_tokens::<5, X>(&x[last..], group * PAIRS_BYTES, PAIRS_BYTES);
                 multiply!("tdpbf16ps", 2, 5, 6);
@@ -239,15 +259,25 @@ impl Tiles for Amx {
     }
 
     #[inline(always)]
+    fn dot_pairs<'a, X>(
+        &self,
+        weights: impl Iterator<Item = &'a PanelPairs>,
+        x: &[X],
+        out: &mut [[f32; 2 * LANE_ROWS]],
+    ) {
+        assert!(self.purpose == TileUse::Pairs && out.len() >= self.num_tokens);
+        self.zero_sums::<0>();
+        weights.enumerate().for_each(|(group, weights)| self.multiply_pairs(weights, x, group));
+        // SAFETY: rows of two halves, as many as the tile has.
+        unsafe { self.store_sums::<0>(out.as_mut_ptr().cast(), 2 * LANE_ROWS * size_of::<f32>()) };
+    }
+
+    #[inline(always)]
     fn dot_quads<X, const SET: usize>(&self, weights: &PanelQuads, x: &[X], group: usize) {
         const { assert!(SET < 2) };
         assert!(self.purpose != TileUse::Pairs);
         self.load_tokens::<4, X>(x, group * QUADS_BYTES, QUADS_BYTES);
-        // SAFETY: the tiles belong to `self`.
-        unsafe {
-            asm!("tilezero tmm{lower}", "tilezero tmm{upper}", lower = const 2 * SET, upper = const 2 * SET + 1,
-                options(nomem, nostack, preserves_flags));
-        }
+        self.zero_sums::<SET>();
         self.load_weights::<5, _, _>(weights, 0);
         multiply!("tdpbssd", 2 * SET, 4, 5);
         self.load_weights::<6, _, _>(weights, 1);

@@ -167,6 +167,24 @@ impl<const EXTENSION: u8> Simd for Avx512<EXTENSION> {
             _mm512_storeu_ps(out.as_mut_ptr(), sum);
         }
     }
+
+    #[inline(always)]
+    fn sum(self, numbers: &[f32; 2 * LANE_ROWS]) -> f32 {
+        // SAFETY: `self` proves AVX-512 F, and the array has the 128 bytes that are read. The reduction adds halves.
+        unsafe {
+            let (lower, upper) = (numbers.as_ptr(), numbers[LANE_ROWS..].as_ptr());
+            _mm512_reduce_add_ps(_mm512_add_ps(_mm512_loadu_ps(lower), _mm512_loadu_ps(upper)))
+        }
+    }
+
+    #[inline(always)]
+    fn largest(self, numbers: &[f32; 2 * LANE_ROWS]) -> f32 {
+        // SAFETY: as for `sum`.
+        unsafe {
+            let (lower, upper) = (numbers.as_ptr(), numbers[LANE_ROWS..].as_ptr());
+            _mm512_reduce_max_ps(_mm512_max_ps(_mm512_loadu_ps(lower), _mm512_loadu_ps(upper)))
+        }
+    }
 }
 
 impl<const EXTENSION: u8> Avx512<EXTENSION> {

@@ -67,6 +67,17 @@ pub(crate) trait Tiles {
         sums: &mut [[f32; 2 * LANE_ROWS]],
     );
 
+    /// Writes to `out[t]` what [`Tiles::add_pairs`] would add to zeros.
+    ///
+    /// # Panics
+    /// As [`Tiles::add_pairs`].
+    fn dot_pairs<'a, X>(
+        &self,
+        weights: impl Iterator<Item = &'a PanelPairs>,
+        x: &[X],
+        out: &mut [[f32; 2 * LANE_ROWS]],
+    );
+
     /// Computes the products of [`Tiles::num_tokens`] tokens with weights, signed bytes, of both halves of a panel along
     /// the 32 columns that are group `group` of `x`, and leaves them in set `SET` of the tiles, 0 or 1.
     ///
@@ -98,6 +109,15 @@ impl Tiles for NoTiles {
         _: &[X],
         _: [usize; TILES],
         _: impl FnMut(),
+        _: &mut [[f32; 2 * LANE_ROWS]],
+    ) {
+        match *self {}
+    }
+
+    fn dot_pairs<'a, X>(
+        &self,
+        _: impl Iterator<Item = &'a PanelPairs>,
+        _: &[X],
         _: &mut [[f32; 2 * LANE_ROWS]],
     ) {
         match *self {}
