@@ -43,8 +43,8 @@ use splits::{part, split_range, visible};
 
 /// Positions per chunk.
 const CHUNK: usize = 32;
-/// Queries per tile.
-const QUERIES: usize = TILE_TOKENS;
+/// Most queries per tile: two of a matrix unit's, so that twice as many share what is done for a chunk.
+const QUERIES: usize = 2 * TILE_TOKENS;
 
 /// A query, or what there is of one.
 type Query = [bf16; MAX_HEAD_DIM];
@@ -396,16 +396,16 @@ fn attend<S: Simd, H: CachedHead>(
         let (slots, first_lane) = (context.slots(positions.clone()), positions.start % CHUNK);
         let key_lanes = context.keys(&positions, keys);
         match &tiles {
-            Some(tiles) => panels.score(tiles, key_lanes, queries, scores),
+            Some(tiles) => Panels::score(tiles, key_lanes, queries, scores),
             None => score(simd, key_lanes, head_dim, queries, scores),
         }
         head.scale_by_keys(slots.clone(), first_lane, scores);
-        let scales = softmax.take_weights(simd, scores, factor, |query| context.lanes(query, chunk));
-        head.scale_by_values(slots.clone(), first_lane, scores);
+        let weights = softmax.take_weights(simd, scores, factor, |query| context.lanes(query, chunk));
+        head.scale_by_values(slots.clone(), first_lane, weights.of_chunk);
         let values = head.values(slots, head_dim, values);
         match &tiles {
-            Some(tiles) => panels.add_values(tiles, scales, scores, first_lane, &values, head_dim, softmax),
-            None => softmax.add_values(scales, scores, first_lane, &values, head_dim),
+            Some(tiles) => panels.add_values(tiles, &weights, first_lane, &values, head_dim, softmax),
+            None => softmax.add_values(&weights, first_lane, &values, head_dim),
         }
     }
 }

@@ -48,7 +48,7 @@ use half::{bf16, f16};
 pub(crate) use portable::Portable;
 
 use crate::numbers;
-pub(crate) use tiles::{NoTiles, PanelInts, PanelPairs, PanelQuads, TILE_TOKENS, TileUse, Tiles};
+pub(crate) use tiles::{HalfPairs, NoTiles, PanelInts, PanelQuads, TILE_TOKENS, TileUse, Tiles};
 
 /// Rows of weights whose sums advance together, one per lane.
 pub(crate) const LANE_ROWS: usize = 16;

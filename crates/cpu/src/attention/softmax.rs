@@ -26,6 +26,14 @@ pub(super) struct Softmax {
     values: [[[f32; FEATURES]; QUERIES]; MAX_HEAD_DIM / FEATURES],
 }
 
+/// What a chunk adds to a softmax.
+pub(super) struct Weights<'a> {
+    /// `[query][position of the chunk]`
+    pub(super) of_chunk: &'a mut [[f32; CHUNK]],
+    /// By which each query's values so far are scaled.
+    pub(super) of_before: [f32; QUERIES],
+}
+
 impl Softmax {
     pub(super) fn new() -> Self {
         let values = [[[0.0; FEATURES]; QUERIES]; MAX_HEAD_DIM / FEATURES];
@@ -101,15 +109,15 @@ impl Softmax {
     }
 
     /// Multiplies a chunk's scores by `factor` and turns them into weights, zeros in the lanes that a query does not
-    /// see; returns the scales of what came before to the new maxima.
+    /// see.
     #[inline(always)]
-    pub(super) fn take_weights<S: Simd>(
+    pub(super) fn take_weights<'a, S: Simd>(
         &mut self,
         simd: S,
-        scores: &mut [[f32; CHUNK]],
+        scores: &'a mut [[f32; CHUNK]],
         factor: f32,
         lanes: impl Fn(usize) -> Range<usize>,
-    ) -> [f32; QUERIES] {
+    ) -> Weights<'a> {
         let mut scales = [0.0; QUERIES];
         for (query, scores) in scores.iter_mut().enumerate() {
             scores.iter_mut().for_each(|score| *score *= factor);
@@ -125,26 +133,25 @@ impl Softmax {
             keep(weights, lanes(query), 0.0);
             self.sum[query] = self.sum[query] * scales[query] + simd.sum(weights);
         }
-        scales
+        Weights { of_chunk: scores, of_before: scales }
     }
 
     /// Scales what came before, and adds a chunk's values, weighted by those in the lanes from `first_lane` on.
     #[inline(always)]
     pub(super) fn add_values(
         &mut self,
-        scales: [f32; QUERIES],
-        weights: &[[f32; CHUNK]],
+        weights: &Weights<'_>,
         first_lane: usize,
         values: &[&[bf16]],
         head_dim: usize,
     ) {
-        let mut query = 0;
-        while weights.len() - query >= KEPT_QUERIES {
-            self.add_values_to::<KEPT_QUERIES>(query, scales, weights, first_lane, values, head_dim);
+        let (num_queries, mut query) = (weights.of_chunk.len(), 0);
+        while num_queries - query >= KEPT_QUERIES {
+            self.add_values_to::<KEPT_QUERIES>(query, weights, first_lane, values, head_dim);
             query += KEPT_QUERIES;
         }
-        (query..weights.len())
-            .for_each(|query| self.add_values_to::<1>(query, scales, weights, first_lane, values, head_dim));
+        (query..num_queries)
+            .for_each(|query| self.add_values_to::<1>(query, weights, first_lane, values, head_dim));
     }
 
     /// Adds a chunk's weighted values to `Q` queries, from `query` on.
@@ -152,14 +159,13 @@ impl Softmax {
     fn add_values_to<const Q: usize>(
         &mut self,
         query: usize,
-        scales: [f32; QUERIES],
-        weights: &[[f32; CHUNK]],
+        weights: &Weights<'_>,
         first_lane: usize,
         values: &[&[bf16]],
         head_dim: usize,
     ) {
-        let scales = scales[query..].first_chunk::<Q>().expect("Q queries");
-        let weights = weights[query..].first_chunk::<Q>().expect("Q queries");
+        let scales = weights.of_before[query..].first_chunk::<Q>().expect("Q queries");
+        let weights = weights.of_chunk[query..].first_chunk::<Q>().expect("Q queries");
         let whole = head_dim - head_dim % LANES;
         for first in (0..whole).step_by(LANES) {
             self.add_features::<Q, LANES>(query, scales, weights, first_lane, values, first);

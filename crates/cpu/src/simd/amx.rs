@@ -9,7 +9,7 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::sync::LazyLock;
 
-use super::tiles::{PanelInts, PanelPairs, PanelQuads, TILE_TOKENS, TileUse, Tiles};
+use super::tiles::{HalfPairs, PanelInts, PanelPairs, PanelQuads, TILE_TOKENS, TileUse, Tiles};
 use super::{LANE_ROWS, RowPairs};
 
 /// Bytes of a row of weights or sums.
@@ -204,19 +204,6 @@ macro_rules! multiply {
     };
 }
 
-impl Amx {
-    /// Adds the products of the tokens at the start of `x` with 32 columns of both halves of a panel, which are block
-    /// `group` of theirs, to the first set of sums.
-    #[inline(always)]
-    fn multiply_pairs<X>(&self, weights: &PanelPairs, x: &[X], group: usize) {
-        self.load_tokens::<4, X>(x, group * PAIRS_BYTES, PAIRS_BYTES);
-        self.load_weights::<6, RowPairs, _>(weights, 0);
-        multiply!("tdpbf16ps", 0, 4, 6);
-        self.load_weights::<7, RowPairs, _>(weights, 1);
-        multiply!("tdpbf16ps", 1, 4, 7);
-    }
-}
-
 impl Tiles for Amx {
     #[inline(always)]
     fn add_pairs<'a, X, const TILES: usize>(
@@ -242,7 +229,11 @@ impl Tiles for Amx {
         }
         for (group, weights) in weights.enumerate() {
             meanwhile();
-            self.multiply_pairs(weights, &x[firsts[0]..], group);
+            self.load_tokens::<4, X>(&x[firsts[0]..], group * PAIRS_BYTES, PAIRS_BYTES);
+            self.load_weights::<6, RowPairs, _>(weights, 0);
+            multiply!("tdpbf16ps", 0, 4, 6);
+            self.load_weights::<7, RowPairs, _>(weights, 1);
+            multiply!("tdpbf16ps", 1, 4, 7);
             if TILES == 2 {
                 self.load_tokens::<5, X>(&x[last..], group * PAIRS_BYTES, PAIRS_BYTES);
                 multiply!("tdpbf16ps", 2, 5, 6);
@@ -261,13 +252,21 @@ impl Tiles for Amx {
     #[inline(always)]
     fn dot_pairs<'a, X>(
         &self,
-        weights: impl Iterator<Item = &'a PanelPairs>,
+        weights: impl Iterator<Item = [&'a HalfPairs; 2]>,
         x: &[X],
         out: &mut [[f32; 2 * LANE_ROWS]],
     ) {
         assert!(self.purpose == TileUse::Pairs && out.len() >= self.num_tokens);
         self.zero_sums::<0>();
-        weights.enumerate().for_each(|(group, weights)| self.multiply_pairs(weights, x, group));
+        for (group, [lower, upper]) in weights.enumerate() {
+            self.load_tokens::<4, X>(x, group * PAIRS_BYTES, PAIRS_BYTES);
+            // SAFETY: half a panel has the tile's rows, one after another.
+            unsafe { self.load::<6>(lower.as_ptr().cast(), ROW_BYTES) };
+            multiply!("tdpbf16ps", 0, 4, 6);
+            // SAFETY: the same.
+            unsafe { self.load::<7>(upper.as_ptr().cast(), ROW_BYTES) };
+            multiply!("tdpbf16ps", 1, 4, 7);
+        }
         // SAFETY: rows of two halves, as many as the tile has.
         unsafe { self.store_sums::<0>(out.as_mut_ptr().cast(), 2 * LANE_ROWS * size_of::<f32>()) };
     }

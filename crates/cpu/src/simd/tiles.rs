@@ -27,6 +27,8 @@ pub(crate) const TILE_TOKENS: usize = 16;
 pub(crate) type PanelQuads = [[QuadBytes; 2]; QUADS];
 /// Pairs of 32 columns of both halves of a panel.
 pub(crate) type PanelPairs = [[RowPairs; 2]; PAIRS];
+/// Pairs of 32 columns of half a panel.
+pub(crate) type HalfPairs = [RowPairs; PAIRS];
 /// A token's integer sums with both halves of a panel, each a cache line.
 #[repr(C, align(64))]
 #[derive(Clone, Copy)]
@@ -67,13 +69,13 @@ pub(crate) trait Tiles {
         sums: &mut [[f32; 2 * LANE_ROWS]],
     );
 
-    /// Writes to `out[t]` what [`Tiles::add_pairs`] would add to zeros.
+    /// Writes to `out[t]` what [`Tiles::add_pairs`] would add to zeros, of weights whose halves lie apart.
     ///
     /// # Panics
     /// As [`Tiles::add_pairs`].
     fn dot_pairs<'a, X>(
         &self,
-        weights: impl Iterator<Item = &'a PanelPairs>,
+        weights: impl Iterator<Item = [&'a HalfPairs; 2]>,
         x: &[X],
         out: &mut [[f32; 2 * LANE_ROWS]],
     );
@@ -116,7 +118,7 @@ impl Tiles for NoTiles {
 
     fn dot_pairs<'a, X>(
         &self,
-        _: impl Iterator<Item = &'a PanelPairs>,
+        _: impl Iterator<Item = [&'a HalfPairs; 2]>,
         _: &[X],
         _: &mut [[f32; 2 * LANE_ROWS]],
     ) {
