@@ -9,7 +9,8 @@ each column, the next starts with another one, and ratios are taken within a rou
 to the same processors. Sequences decode random tokens of their own everywhere.
 
 Peers run in each configuration that may be their best: four formats, repacked or as stored, with
-flash attention and (in ik_llama.cpp, by default) fused experts, weights in memory of their own. The
+flash attention and (in ik_llama.cpp, by default) fused experts. Everybody's weights are in memory of
+their own, none in mapped files. The
 first round drops who stays below NEAR of the best of its engine. At the long context each format
 starts in the packing that decoded faster, with flash attention and without.
 
@@ -68,7 +69,7 @@ PACKINGS = {
     LLAMA: {"repacked": ("--repack",), "as stored": ("--no-repack",)},
     IK: {"repacked": ("-rtr",), "as stored": ()},
 }
-NO_MMAP = {LLAMA: ("--load-mode", "none"), IK: ("--no-mmap",)}
+NO_MMAP = {WINDROSE: ("--copy-packed", "true"), LLAMA: ("--load-mode", "none"), IK: ("--no-mmap",)}
 JSON_LINES = {LLAMA: ("--output-format", "jsonl"), IK: ()}
 # The part of its engine's best that a configuration must reach in the first round to go on.
 NEAR = 0.8
@@ -234,7 +235,7 @@ class Race:
     def measure_ours(self, contender: Contender, job: Job, round_index: int) -> dict[str, float]:
         done = self.call(
             *(self.options.windrose, "bench", "--threads", self.options.threads),
-            *("--model", self.options.model, "--weights", contender.weights),
+            *("--model", self.options.model, "--weights", contender.weights, *NO_MMAP[WINDROSE]),
             *("--prompt-len", job.prompt_len, "--output-len", job.output_len),
             *("--num-seqs", ",".join(map(str, job.num_seqs)), "--repetitions", 1),
             *("--seed", round_index, "--json", "-"),
@@ -288,7 +289,7 @@ class Race:
         port = free_port()
         return port, (
             *(self.options.windrose, "serve", "--threads", self.options.threads, "--port", port),
-            *("--weights", weights, "--drain-grace-s", 0, "--log", "warn", *flags),
+            *("--weights", weights, *NO_MMAP[WINDROSE], "--drain-grace-s", 0, "--log", "warn", *flags),
         )
 
     @contextmanager

@@ -44,7 +44,7 @@ pub use crate::isa::Isa;
 pub use crate::kv::{KvCache, KvFormat};
 pub use crate::limits::MemoryProbe;
 pub use crate::matrix::{Experts, Matrix, WeightFormat};
-pub use crate::packed::{ImageError, ImageKey, PackedMatrix};
+pub use crate::packed::{ImageError, ImageKey, ImageUse, PackedMatrix};
 pub use crate::tensor::Tensor;
 
 use crate::attention::{Attention, AttentionSplit, Inputs, MergeSplits, Splits};
@@ -131,9 +131,9 @@ impl Cpu {
     ///
     /// # Panics
     /// If the weights are kept in bf16.
-    pub fn use_image(&mut self, image: Bytes, key: ImageKey) -> Result<(), ImageError> {
+    pub fn use_image(&mut self, image: Bytes, key: ImageKey, image_use: ImageUse) -> Result<(), ImageError> {
         assert!(self.weights.is_quantised(), "bf16 weights are packed at every start");
-        self.packer.use_image(image, self.weights, key, &mut self.team)
+        self.packer.use_image(image, self.weights, key, image_use, &mut self.team)
     }
 
     /// Hands out every matrix that is quantised from now on, for [`write_image`].

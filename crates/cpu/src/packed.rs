@@ -40,7 +40,7 @@ use crate::tensor::Buffer;
 use block::{Bf16Block, Block, Q4Block, Q8Block, QuantisedBlock};
 use image::Image;
 pub(crate) use image::write as write_image;
-pub use image::{ImageError, ImageKey, PackedMatrix};
+pub use image::{ImageError, ImageKey, ImageUse, PackedMatrix};
 
 /// Columns of a block, which share a scale if they are quantised.
 pub(crate) const GROUP: usize = 32;
@@ -50,7 +50,7 @@ pub(crate) const PANEL_ROWS: usize = 2 * LANE_ROWS;
 /// Makes packed matrices, or takes quantised ones from an image of an earlier load.
 #[derive(Default)]
 pub(crate) struct Packer {
-    image: Option<Image>,
+    image: Option<(Image, ImageUse)>,
     recorder: Option<Sender<PackedMatrix>>,
 }
 
@@ -79,9 +79,10 @@ impl Packer {
         bytes: Bytes,
         format: WeightFormat,
         key: ImageKey,
+        image_use: ImageUse,
         team: &mut Team,
     ) -> Result<(), ImageError> {
-        self.image = Some(Image::open(bytes, format, key, team)?);
+        self.image = Some((Image::open(bytes, format, key, team)?, image_use));
         Ok(())
     }
 
@@ -104,9 +105,10 @@ impl Packer {
         team: &mut Team,
     ) -> Result<Packed, BackendError> {
         let (rows, cols) = (views.iter().map(|view| view.rows).sum(), views[0].cols);
-        let image = self.image.as_mut().filter(|_| format.is_quantised());
-        let known = image.and_then(|image| image.next(rows, cols));
-        if let Some(packed) = known.and_then(|blocks| Packed::from_blocks(format, rows, cols, blocks)) {
+        if format.is_quantised()
+            && let Some(blocks) = self.take_from_image(rows, cols, team)?
+            && let Some(packed) = Packed::from_blocks(format, rows, cols, blocks)
+        {
             return Ok(packed);
         }
         let blocks = match format {
@@ -120,6 +122,37 @@ impl Packer {
         }
         Ok(Packed::from_blocks(format, rows, cols, blocks).expect("blocks as many as the shape has"))
     }
+
+    /// The blocks of the image's next matrix; `None` if there is no image, or that matrix has another shape.
+    fn take_from_image(
+        &mut self,
+        rows: usize,
+        cols: usize,
+        team: &mut Team,
+    ) -> Result<Option<Bytes>, BackendError> {
+        let Some((image, image_use)) = &mut self.image else { return Ok(None) };
+        let (blocks, image_use) = (image.next(rows, cols), *image_use);
+        if image.is_empty() {
+            // What is used in place stays; what was copied need not be mapped any longer.
+            self.image = None;
+        }
+        match (blocks, image_use) {
+            (Some(blocks), ImageUse::Copied) => copy(&blocks, team).map(Some),
+            (blocks, _) => Ok(blocks),
+        }
+    }
+}
+
+/// Copies blocks into large pages, on all threads.
+fn copy(blocks: &Bytes, team: &mut Team) -> Result<Bytes, BackendError> {
+    const BAND: usize = 1 << 20;
+    let mut copied = Buffer::<u8>::zeroed("a weight matrix", blocks.len())?;
+    copied.prefer_huge_pages();
+    team.for_each(Grid::column_bands(&mut copied, blocks.len(), BAND), |mut band| {
+        let range = band.cols();
+        band.row(0).copy_from_slice(&blocks[range]);
+    });
+    Ok(Bytes::from_owner(copied))
 }
 
 impl Packed {
@@ -417,11 +450,16 @@ mod tests {
         let mut file = std::io::Cursor::new(Vec::new());
         write_image(&mut file, WeightFormat::Q4, [1, 2], recorded.try_iter()).unwrap();
 
-        let mut packer = Packer::default();
-        packer.use_image(file.into_inner().into(), WeightFormat::Q4, [1, 2], &mut Team::new(2)).unwrap();
-        // Other weights prove that the image was taken; a shape that it does not have, that it is not trusted.
-        assert_eq!(pack(&mut packer, 40, 5.0), first[0]);
-        assert_ne!(pack(&mut packer, 80, 0.0).len(), first[1].len());
+        let file = Bytes::from(file.into_inner());
+        for image_use in [ImageUse::InPlace, ImageUse::Copied] {
+            let mut packer = Packer::default();
+            packer.use_image(file.clone(), WeightFormat::Q4, [1, 2], image_use, &mut Team::new(2)).unwrap();
+            // Other weights prove that the image was taken; a shape that it does not have, that it is not trusted.
+            let taken = pack(&mut packer, 40, 5.0);
+            assert_eq!(taken, first[0]);
+            assert_eq!(file.as_ptr_range().contains(&taken.as_ptr()), image_use == ImageUse::InPlace);
+            assert_ne!(pack(&mut packer, 80, 0.0).len(), first[1].len());
+        }
     }
 
     #[test]

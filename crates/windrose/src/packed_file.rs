@@ -1,15 +1,15 @@
 //! A model's quantised weights as a file, so that the next start maps them instead of quantising again.
 //!
 //! The file is named after the format (`windrose-q8.packed`) and lies beside the model; a GGUF file's, or one in a
-//! directory of its own, has the model's name before it. It is written under another name and renamed when whole. A file that is damaged,
-//! or was made of other weights, is made anew; one that cannot be written is only worth a warning.
+//! directory of its own, has the model's name before it. It is written under another name and renamed when whole. A file
+//! that is damaged, or was made of other weights, is made anew; one that cannot be written is only worth a warning.
 
 use std::fs::{self, File};
 use std::io::{BufWriter, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use cpu::{Cpu, ImageKey, PackedMatrix, WeightFormat};
+use cpu::{Cpu, ImageKey, ImageUse, PackedMatrix, WeightFormat};
 use model::ModelFiles;
 use tracing::{info, warn};
 
@@ -25,6 +25,7 @@ pub(crate) struct PackedFile {
     name: String,
     format: WeightFormat,
     key: ImageKey,
+    image_use: ImageUse,
 }
 
 impl PackedFile {
@@ -53,7 +54,8 @@ impl PackedFile {
             other => (other.into(), named(&model.name)),
         };
         let key = fingerprint::of_weights(&model.files)?;
-        Ok(Some(Self { directory, name, format, key }))
+        let image_use = if settings.copy_packed { ImageUse::Copied } else { ImageUse::InPlace };
+        Ok(Some(Self { directory, name, format, key, image_use }))
     }
 
     pub(crate) fn path(&self) -> PathBuf {
@@ -68,7 +70,7 @@ impl PackedFile {
         }
         let image =
             ModelFiles::Directory(self.directory.clone()).map(&self.name).context("it cannot be read");
-        let used = image.and_then(|image| Ok(backend.use_image(image, self.key)?));
+        let used = image.and_then(|image| Ok(backend.use_image(image, self.key, self.image_use)?));
         match &used {
             Ok(()) => info!(file = %path.display(), "quantised weights found"),
             Err(error) => warn!("{} is made anew: {error:#}", path.display()),

@@ -31,6 +31,7 @@ pub(crate) struct Settings {
     pub(crate) kernel_cache_dir: String,
     pub(crate) weights: String,
     pub(crate) packed_dir: String,
+    pub(crate) copy_packed: bool,
     pub(crate) threads: usize,
     pub(crate) kv_cache_mib: usize,
     pub(crate) kv_cache: String,

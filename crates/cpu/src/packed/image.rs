@@ -31,6 +31,15 @@ const ALIGNMENT: u64 = 4096;
 /// Identifies the weights that were quantised.
 pub type ImageKey = [u64; 2];
 
+/// Where the matrices of an image are multiplied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ImageUse {
+    /// Where the image lies, which is usually a mapped file: nothing is copied, and the page cache is its only copy.
+    InPlace,
+    /// In memory of our own, which takes a while, but has large pages where files may have small ones.
+    Copied,
+}
+
 /// Why an image cannot be used.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum ImageError {
@@ -90,6 +99,11 @@ impl Image {
             0 => Ok(Self { bytes, entries: entries.into_iter() }),
             _ => Err(ImageError::Damaged("a matrix has another checksum")),
         }
+    }
+
+    /// Whether all matrices were taken.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.entries.len() == 0
     }
 
     /// The next matrix, if it has the shape wanted.
