@@ -10,9 +10,9 @@ to the same processors. Sequences decode random tokens of their own everywhere.
 
 Peers run in each configuration that may be their best: four formats, repacked or as stored, with
 flash attention and (in ik_llama.cpp, by default) fused experts. Everybody's weights are in memory of
-their own, none in mapped files. The
-first round drops who stays below NEAR of the best of its engine. At the long context each format
-starts in the packing that decoded faster, with flash attention and without.
+their own, nobody's in mapped files. The first round drops who stays below NEAR of the best of its
+engine. At the long context each format starts in the packing that decoded faster, with flash
+attention and without.
 
 It deliberately does not build or download anything, tune a peer beyond its switches, look at what
 peers answer, or judge absolute figures, which belong to the machine.
