@@ -6,8 +6,8 @@
 //! A 32-bit lane holds two neighbours of a row, a pair, and a step adds two products to each lane: first that of the odd
 //! elements, then that of the even ones. A product of two bf16 values is exact in f32 (8 + 8 bits fit in 24), so a fused
 //! multiply-add and a multiplication followed by an addition round alike, and all instruction sets follow the documented
-//! steps of `vdpbf16ps`, but for subnormal numbers, which that instruction flushes to zero, and for weights on AMX, whose
-//! [`tiles`] have an order of their own.
+//! steps of `vdpbf16ps`, but for subnormal numbers, which that instruction flushes to zero, and for weights and attention
+//! on AMX, whose [`tiles`] have an order of their own.
 //!
 //! ```text
 //! pairs     r0: w0 w1 | r1: w0 w1 | ... | r15: w0 w1             64 bytes; w0 << 16 is an f32, w1 & 0xffff0000 is

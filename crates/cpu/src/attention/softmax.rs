@@ -120,8 +120,7 @@ impl Softmax {
     ) -> Weights<'a> {
         let mut scales = [0.0; QUERIES];
         for (query, scores) in scores.iter_mut().enumerate() {
-            scores.iter_mut().for_each(|score| *score *= factor);
-            keep(scores, lanes(query), f32::NEG_INFINITY);
+            map_lanes(scores, lanes(query), f32::NEG_INFINITY, |score| score * factor);
             let (before, max) = (self.max[query], simd.largest(scores));
             self.max[query] = if max > before { max } else { before };
             scales[query] = before - self.max[query];
@@ -129,8 +128,7 @@ impl Softmax {
         scales.iter_mut().for_each(|scale| *scale = exp(*scale));
         for (query, weights) in scores.iter_mut().enumerate() {
             let max = self.max[query];
-            weights.iter_mut().for_each(|score| *score = exp(*score - max));
-            keep(weights, lanes(query), 0.0);
+            map_lanes(weights, lanes(query), 0.0, |score| exp(score - max));
             self.sum[query] = self.sum[query] * scales[query] + simd.sum(weights);
         }
         Weights { of_chunk: scores, of_before: scales }
@@ -207,15 +205,14 @@ impl Softmax {
     }
 }
 
-/// Replaces the numbers outside of some lanes.
+/// Maps the numbers in some lanes, and sets the others.
 #[inline(always)]
-fn keep(numbers: &mut [f32; CHUNK], lanes: Range<usize>, other: f32) {
-    if lanes == (0..CHUNK) {
-        return;
-    }
+fn map_lanes(numbers: &mut [f32; CHUNK], lanes: Range<usize>, other: f32, map: impl Fn(f32) -> f32) {
     let (start, end) = (lanes.start as u32, lanes.end as u32);
     for (lane, number) in (0..).zip(numbers) {
-        *number = if start <= lane && lane < end { *number } else { other };
+        // Without a branch, so that all lanes are computed, and stored whole.
+        let mapped = map(*number);
+        *number = if start <= lane && lane < end { mapped } else { other };
     }
 }
 
