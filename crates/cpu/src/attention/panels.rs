@@ -155,3 +155,112 @@ fn add(sums: &mut [[f32; FEATURES]; QUERIES], products: &[[f32; FEATURES]; QUERI
         sums.iter_mut().zip(products).for_each(|(sum, product)| *sum = *sum * scale + product);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use backend::dummy_value;
+
+    use super::*;
+    use crate::isa::{Isa, Kernel};
+
+    const HEAD_DIM: usize = 64;
+    const FIRST_LANE: usize = 3;
+
+    /// One chunk for some queries: its scores, and what it adds to a softmax with these weights.
+    struct Chunk<'a> {
+        keys: [KeyLanes<'a>; GROUPS],
+        queries: &'a [Query],
+        scores: &'a mut [[f32; CHUNK]],
+        weights: Weights<'a>,
+        values: &'a Values<'a>,
+        softmax: &'a mut Softmax,
+    }
+
+    impl Kernel for Chunk<'_> {
+        fn run<S: Simd>(self, simd: S) {
+            let tiles = tiles(simd, self.queries.len()).expect("an instruction set with tiles");
+            Panels::score(&tiles, self.keys, self.queries, self.scores);
+            let mut panels = Panels::new();
+            panels.add_values(&tiles, &self.weights, FIRST_LANE, self.values, HEAD_DIM, self.softmax);
+        }
+    }
+
+    fn rows<const LEN: usize>(seed: u64, count: usize, len: usize) -> Vec<[bf16; LEN]> {
+        let feature = |row, i| if i < len { dummy_value(seed + row, i as u64, 0.1, 1.0) } else { bf16::ZERO };
+        (0..count as u64).map(|row| std::array::from_fn(|i| feature(row, i))).collect()
+    }
+
+    /// As a matrix unit sums 32 products: those of even places and those of odd ones apart.
+    fn products(x: impl Iterator<Item = (f32, f32)>) -> f32 {
+        let mut sums = [0.0; 2];
+        x.enumerate().for_each(|(i, (a, b))| sums[i % 2] += a * b);
+        sums[0] + sums[1]
+    }
+
+    #[test]
+    fn scores_and_values_have_the_specified_bits() {
+        let isa = Isa::Avx512Amx;
+        if !isa.is_available() {
+            println!("skipped: this machine does not have {}", isa.name());
+            return;
+        }
+        let (keys, queries) = (rows::<HEAD_DIM>(1, CHUNK, HEAD_DIM), rows(100, QUERIES, HEAD_DIM));
+        let values = rows::<MAX_HEAD_DIM>(200, CHUNK - FIRST_LANE, HEAD_DIM);
+        let values = Values::new(values.iter().map(|value| &value[..HEAD_DIM]));
+        let mut lanes = [[RowPairs::default(); HEAD_DIM / PAIR]; GROUPS];
+        for (k, key) in keys.iter().enumerate() {
+            for (pair, features) in key.as_chunks::<PAIR>().0.iter().enumerate() {
+                lanes[k / LANE_ROWS][pair][k % LANE_ROWS] = *features;
+            }
+        }
+        for num_queries in [1, 4, 15, 16, 17, 32] {
+            let queries = &queries[..num_queries];
+            let mut scores = vec![[f32::NAN; CHUNK]; num_queries];
+            let weight = |query: usize, lane: usize| match lane {
+                ..FIRST_LANE => 0.0,
+                _ => 1.0 / (1 + query + 3 * lane) as f32,
+            };
+            let mut weights: Vec<[f32; CHUNK]> =
+                (0..num_queries).map(|query| std::array::from_fn(|lane| weight(query, lane))).collect();
+            let of_before = std::array::from_fn(|query| query as f32 / 8.0);
+            let mut softmax = Softmax::new();
+            for _ in 0..2 {
+                let weights = Weights { of_chunk: &mut weights, of_before };
+                let (scores, softmax) = (&mut scores[..], &mut softmax);
+                let keys = [&lanes[0][..], &lanes[1][..]];
+                isa.run(Chunk { keys, queries, scores, weights, values: &values, softmax });
+            }
+            for (q, query) in queries.iter().enumerate() {
+                for (k, key) in keys.iter().enumerate() {
+                    let pairs = query[..HEAD_DIM].iter().zip(key).map(|(q, k)| (q.to_f32(), k.to_f32()));
+                    let pairs: Vec<(f32, f32)> = pairs.collect();
+                    let expected: f32 = pairs.chunks(32).map(|pairs| products(pairs.iter().copied())).sum();
+                    assert_eq!(
+                        scores[q][k].to_bits(),
+                        expected.to_bits(),
+                        "query {q} of {num_queries}, key {k}"
+                    );
+                }
+                let sums = softmax.blocks(HEAD_DIM).flat_map(|queries| queries[q]);
+                for (feature, sum) in sums.enumerate() {
+                    let mut parts = [[[bf16::ZERO; CHUNK]; PARTS]];
+                    split(&weights[q..=q], &mut parts);
+                    let [first, second] = parts[0].map(|part| {
+                        let value = |lane: usize| match lane.checked_sub(FIRST_LANE) {
+                            Some(index) => values[index][feature].to_f32(),
+                            None => 0.0,
+                        };
+                        products(part.iter().enumerate().map(|(lane, weight)| (weight.to_f32(), value(lane))))
+                    });
+                    let once = first + second;
+                    let expected = once * of_before[q] + once;
+                    assert_eq!(
+                        sum.to_bits(),
+                        expected.to_bits(),
+                        "query {q} of {num_queries}, feature {feature}"
+                    );
+                }
+            }
+        }
+    }
+}
