@@ -11,7 +11,7 @@
 //! | format | a weight is | bits with its scale |
 //! |---|---|---|
 //! | bf16 | itself | 16 |
-//! | q8 | `scale · (stored - 128)`, -127..=127 | 8.5 |
+//! | q8 | `scale · stored`, -127..=127 | 8.5 |
 //! | q4 | `scale · (stored - 8)`, -8..=7 | 4.5 |
 //!
 //! A product is specified to the bit, see [`Panels::dot`], and so is quantisation: both are the same on every
@@ -165,7 +165,7 @@ impl Packed {
         }
     }
 
-    /// What was added to quantised weights to store them; `None` for bf16.
+    /// What is added to quantised weights to make them unsigned; `None` for bf16.
     pub(crate) fn offset(&self) -> Option<i32> {
         match self {
             Self::Bf16(_) => None,

@@ -19,7 +19,7 @@
 //! Four columns (a quad) at a time:
 //!
 //! ```text
-//! quads     r0: w w w w | r1: w w w w | ... | r15: w w w w       64 bytes, stored as unsigned value + offset
+//! quads     r0: w w w w | r1: w w w w | ... | r15: w w w w       64 bytes, signed or as unsigned value + offset
 //! x         x0 x1 x2 x3                                          one token's four values, for all rows
 //! sum[r]    += w·x0 + w·x1 + w·x2 + w·x3                         i32, exact
 //! ```
@@ -112,11 +112,11 @@ pub(crate) trait Simd: Copy {
     /// How many of the two halves of a panel a tile of quads has: with one, the other is walked after it, and more
     /// tokens share what is done for its weights.
     const QUAD_HALVES: usize = 2;
-    /// Whether weights are multiplied as stored, so that a sum must start at `-offset · Σ x`; otherwise the offset
-    /// is taken off the weights.
-    const MULTIPLIES_STORED: bool;
+    /// Whether weights are multiplied as unsigned bytes, of q8 `value + 128` and of q4 `value + 8`, so that a sum must start
+    /// at `-offset · Σ x`.
+    const MULTIPLIES_UNSIGNED: bool;
 
-    /// Reads quads of weights stored as `value + 128`.
+    /// Reads quads of weights stored as signed bytes.
     fn bytes(self, stored: &QuadBytes) -> Self::Quads;
 
     /// Reads two quads of weights stored as `value + 8`, the first in the low halves of the bytes.
@@ -131,7 +131,7 @@ pub(crate) trait Simd: Copy {
     /// Adds to `sums[t][half]` the products of two quads of every row of the half with those of token `t`, `x(t)`.
     ///
     /// Until [`Self::by_token`] the sums of neighbouring tokens may be mixed, so they begin equal in all lanes, and in
-    /// all tokens unless [`Self::MULTIPLIES_STORED`].
+    /// all tokens unless [`Self::MULTIPLIES_UNSIGNED`].
     #[inline(always)]
     fn dot_two_quads<const T: usize, const HALVES: usize>(
         self,

@@ -31,7 +31,7 @@ const SPAN: usize = SPAN_GROUPS * GROUP;
 
 /// The quads of a span, by group.
 type SpanQuads = [[i32; GROUP / QUAD]; SPAN_GROUPS];
-/// Of each group of a span, `-offset · Σ x`: where sums of products with stored weights start.
+/// Of each group of a span, `-offset · Σ x`: where sums of products with unsigned weights start.
 type SpanStarts = [i32; SPAN_GROUPS];
 
 /// Room for quantised rows.
@@ -90,7 +90,7 @@ impl QuantisedBuffer {
         Ok(Self { quads, starts: Buffer::zeroed(what, num_spans)?, scales: Buffer::zeroed(what, num_spans)? })
     }
 
-    /// Quantises the first `num_rows` rows of an order for weights that are stored with `offset`.
+    /// Quantises the first `num_rows` rows of an order for weights that unsigned are `offset` more.
     pub(crate) fn quantise(
         &mut self,
         x: Rows<'_, bf16>,

@@ -30,7 +30,7 @@ pub(crate) trait Block: Pod + Send + Sync {
 
 /// A block of small integers with a scale per row.
 pub(crate) trait QuantisedBlock: Block {
-    /// What is added to a weight's value to store it.
+    /// What is added to a weight's value to make it an unsigned byte.
     const OFFSET: i32;
 
     /// The scales of rows 0..16 and 16..32.
@@ -39,22 +39,8 @@ pub(crate) trait QuantisedBlock: Block {
     /// Quads `step` and `step + STEPS` of 16 rows, the lower or the upper half.
     fn quads<S: Simd>(&self, simd: S, step: usize, half: usize) -> [S::Quads; 2];
 
-    /// The weights of a quad of 16 rows as signed bytes.
-    fn signed_quad(&self, quad: usize, half: usize) -> QuadBytes;
-
-    /// All weights as signed bytes, in `room`.
-    #[inline(always)]
-    fn signed_quads<'a>(&self, room: &'a mut MaybeUninit<PanelQuads>) -> &'a PanelQuads {
-        let rows: *mut QuadBytes = room.as_mut_ptr().cast();
-        for quad in 0..GROUP / QUAD {
-            for half in 0..2 {
-                // SAFETY: the room is that of two halves of all quads.
-                unsafe { rows.add(2 * quad + half).write(self.signed_quad(quad, half)) };
-            }
-        }
-        // SAFETY: all of it was written.
-        unsafe { room.assume_init_ref() }
-    }
+    /// All weights as signed bytes, as they are stored or in `room`.
+    fn signed_quads<'a>(&'a self, room: &'a mut MaybeUninit<PanelQuads>) -> &'a PanelQuads;
 }
 
 /// A block of bf16 weights.
@@ -117,7 +103,7 @@ impl Block for Q8Block {
         self.scales[half][row % LANE_ROWS] = scale;
         for (column, value) in values.into_iter().enumerate() {
             let (quad, byte) = place(column, row);
-            self.quads[quad][half][byte] = (value + Self::OFFSET) as u8;
+            self.quads[quad][half][byte] = value as u8;
         }
     }
 }
@@ -136,10 +122,8 @@ impl QuantisedBlock for Q8Block {
     }
 
     #[inline(always)]
-    fn signed_quad(&self, quad: usize, half: usize) -> QuadBytes {
-        let mut weights = self.quads[quad][half];
-        weights.iter_mut().for_each(|byte| *byte = byte.wrapping_sub(Self::OFFSET as u8));
-        weights
+    fn signed_quads<'a>(&'a self, _: &'a mut MaybeUninit<PanelQuads>) -> &'a PanelQuads {
+        &self.quads
     }
 }
 
@@ -171,11 +155,21 @@ impl QuantisedBlock for Q4Block {
     }
 
     #[inline(always)]
-    fn signed_quad(&self, quad: usize, half: usize) -> QuadBytes {
-        let shift = 4 * (quad / STEPS);
-        let mut weights = self.quads[quad % STEPS][half];
-        weights.iter_mut().for_each(|byte| *byte = (*byte >> shift & 15).wrapping_sub(Self::OFFSET as u8));
-        weights
+    fn signed_quads<'a>(&'a self, room: &'a mut MaybeUninit<PanelQuads>) -> &'a PanelQuads {
+        let rows: *mut QuadBytes = room.as_mut_ptr().cast();
+        for quad in 0..GROUP / QUAD {
+            for half in 0..2 {
+                let shift = 4 * (quad / STEPS);
+                let mut weights = self.quads[quad % STEPS][half];
+                weights
+                    .iter_mut()
+                    .for_each(|byte| *byte = (*byte >> shift & 15).wrapping_sub(Self::OFFSET as u8));
+                // SAFETY: the room is that of two halves of all quads.
+                unsafe { rows.add(2 * quad + half).write(weights) };
+            }
+        }
+        // SAFETY: all of it was written.
+        unsafe { room.assume_init_ref() }
     }
 }
 

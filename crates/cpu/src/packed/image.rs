@@ -22,7 +22,7 @@ use crate::team::Team;
 
 const MAGIC: [u8; 16] = *b"windrose packed\n";
 /// To be raised with every change of the blocks, of quantisation or of this layout.
-const VERSION: u64 = 2;
+const VERSION: u64 = 3;
 const HEADER_BYTES: usize = MAGIC.len() + 7 * 8;
 const ENTRY_BYTES: usize = 5 * 8;
 /// Matrices start on pages.

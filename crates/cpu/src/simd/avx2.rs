@@ -89,14 +89,12 @@ impl Simd for Avx2 {
     type Quads = [SignedBytes; 2];
     type Ints = [__m256i; 2];
     const QUAD_TOKENS: usize = 1;
-    const MULTIPLIES_STORED: bool = false;
+    const MULTIPLIES_UNSIGNED: bool = false;
 
     #[inline(always)]
     fn bytes(self, stored: &QuadBytes) -> [SignedBytes; 2] {
         // SAFETY: `self` proves AVX2.
-        let sign_bit = unsafe { _mm256_set1_epi8(i8::MIN) };
-        // SAFETY: as above. Flipping the highest bit takes 128 off.
-        self.halves(stored).map(|half| unsafe { SignedBytes::new(_mm256_xor_si256(half, sign_bit)) })
+        self.halves(stored).map(|half| unsafe { SignedBytes::new(half) })
     }
 
     #[inline(always)]

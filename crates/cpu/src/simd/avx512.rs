@@ -111,19 +111,19 @@ impl<const EXTENSION: u8> Simd for Avx512<EXTENSION> {
     type Quads = __m512i;
     type Ints = __m512i;
     const QUAD_TOKENS: usize = 4;
-    const MULTIPLIES_STORED: bool = true;
+    const MULTIPLIES_UNSIGNED: bool = true;
 
     #[inline(always)]
     fn bytes(self, stored: &QuadBytes) -> __m512i {
-        // SAFETY: `self` proves AVX-512 F, and the array has the 64 bytes that are read.
-        unsafe { _mm512_loadu_si512(stored.as_ptr().cast()) }
+        // SAFETY: `self` proves AVX-512 F, and the array has the 64 bytes that are read. Flipping the highest bit adds 128.
+        unsafe { _mm512_xor_si512(_mm512_loadu_si512(stored.as_ptr().cast()), _mm512_set1_epi8(i8::MIN)) }
     }
 
     #[inline(always)]
     fn nibbles(self, stored: &QuadBytes) -> [__m512i; 2] {
-        let both = self.bytes(stored);
-        // SAFETY: `self` proves AVX-512 F.
+        // SAFETY: `self` proves AVX-512 F, and the array has the 64 bytes that are read.
         unsafe {
+            let both = _mm512_loadu_si512(stored.as_ptr().cast());
             let low = _mm512_set1_epi8(15);
             [_mm512_and_si512(both, low), _mm512_and_si512(_mm512_srli_epi16::<4>(both), low)]
         }

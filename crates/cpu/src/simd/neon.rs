@@ -88,16 +88,12 @@ impl<const EXTENSION: u8> Simd for Neon<EXTENSION> {
     /// Of 32 registers 16 or 24 are sums. `smmla` has to interleave weights first, which more tokens share.
     const QUAD_TOKENS: usize = if EXTENSION == I8MM { 6 } else { 4 };
     const QUAD_HALVES: usize = 1;
-    const MULTIPLIES_STORED: bool = false;
+    const MULTIPLIES_UNSIGNED: bool = false;
 
     #[inline(always)]
     fn bytes(self, stored: &QuadBytes) -> [int8x16_t; 4] {
-        // SAFETY: as in `zero`, and each part of the array has the 16 bytes that are read. Flipping the highest bit
-        // takes 128 off.
-        std::array::from_fn(|part| unsafe {
-            let stored = vld1q_u8(stored.as_ptr().add(16 * part));
-            vreinterpretq_s8_u8(veorq_u8(stored, vdupq_n_u8(128)))
-        })
+        // SAFETY: as in `zero`, and each part of the array has the 16 bytes that are read.
+        std::array::from_fn(|part| unsafe { vreinterpretq_s8_u8(vld1q_u8(stored.as_ptr().add(16 * part))) })
     }
 
     #[inline(always)]

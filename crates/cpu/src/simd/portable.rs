@@ -44,11 +44,11 @@ impl Simd for Portable {
     type Quads = [[i8; QUAD]; LANE_ROWS];
     type Ints = [i32; LANE_ROWS];
     const QUAD_TOKENS: usize = 1;
-    const MULTIPLIES_STORED: bool = false;
+    const MULTIPLIES_UNSIGNED: bool = false;
 
     #[inline(always)]
     fn bytes(self, stored: &QuadBytes) -> [[i8; QUAD]; LANE_ROWS] {
-        quads(|i| stored[i].wrapping_sub(128))
+        quads(|i| stored[i])
     }
 
     #[inline(always)]

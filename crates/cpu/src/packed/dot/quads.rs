@@ -85,7 +85,7 @@ fn walk_halves<S: Simd, B: QuantisedBlock, const T: usize, const HALVES: usize>(
     for (group, block) in blocks.iter().enumerate() {
         meanwhile();
         let mut ints = [[simd.ints(0); HALVES]; T];
-        if S::MULTIPLIES_STORED {
+        if S::MULTIPLIES_UNSIGNED {
             for t in 0..T {
                 ints[t] = [simd.ints(starts[t][group]); HALVES];
             }
