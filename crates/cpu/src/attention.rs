@@ -13,6 +13,8 @@
 //! computes all of a context or each has a split of its own, as in a step of few tokens. So neither the prompt's
 //! chunking, nor the cache's blocks, nor the other queries of the step can be seen in the result. The running maximum
 //! follows Online normalizer calculation for softmax (arXiv 1805.02867), the splits Flash-Decoding (Dao et al., 2023).
+//! (Zero times what is not finite is not zero: a value that is none spoils its chunk for earlier tokens of its own
+//! sequence too, which is lost anyway, and never for another.)
 //!
 //! Scores and weighted values are computed by vectors ([`scores`], [`softmax`]), or on a matrix unit ([`panels`]) if
 //! there is one and a head is some of its tiles long.
@@ -133,7 +135,7 @@ impl<'a> Inputs<'a> {
         self.kv.group_len() * self.kv.shape.head_dim
     }
 
-    /// The queries of a token that share a kv head, and one tile's worth of them at most.
+    /// A token's queries of some heads.
     #[inline(always)]
     fn queries(&self, row: usize, heads: &Heads) -> &'a [bf16] {
         let head_dim = self.kv.shape.head_dim;
