@@ -32,6 +32,8 @@ pub(crate) trait Block: Pod + Send + Sync {
 pub(crate) trait QuantisedBlock: Block {
     /// What is added to a weight's value to make it an unsigned byte.
     const OFFSET: i32;
+    /// Fewest tokens that a matrix unit multiplies faster than vectors do.
+    const FEWEST_TILED: usize;
 
     /// The scales of rows 0..16 and 16..32.
     fn scales(&self) -> &[[f16; LANE_ROWS]; 2];
@@ -110,6 +112,7 @@ impl Block for Q8Block {
 
 impl QuantisedBlock for Q8Block {
     const OFFSET: i32 = 128;
+    const FEWEST_TILED: usize = 5;
 
     #[inline(always)]
     fn scales(&self) -> &[[f16; LANE_ROWS]; 2] {
@@ -143,6 +146,7 @@ impl Block for Q4Block {
 
 impl QuantisedBlock for Q4Block {
     const OFFSET: i32 = 8;
+    const FEWEST_TILED: usize = 8;
 
     #[inline(always)]
     fn scales(&self) -> &[[f16; LANE_ROWS]; 2] {

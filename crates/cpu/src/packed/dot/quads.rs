@@ -21,8 +21,8 @@ impl<B: QuantisedBlock> Tokens<B> for QuantisedRows<'_> {
     }
 
     const TILE_USE: TileUse = TileUse::Quads;
-    /// Fewer are computed faster by vectors, and to the same bits.
-    const FEWEST_TILED: usize = 8;
+    /// Fewer are computed by vectors to the same bits.
+    const FEWEST_TILED: usize = B::FEWEST_TILED;
     const WALKED_TOKENS: usize = TILE_TOKENS;
 
     /// The product is the same as that of [`Self::walk`].
