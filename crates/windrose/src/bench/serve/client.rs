@@ -1,5 +1,6 @@
 //! The HTTP client: one server, plain HTTP, connections that are kept, errors in the server's own words.
 
+use std::error::Error;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -16,6 +17,8 @@ use serde_json::Value;
 const MAX_BODY_BYTES: usize = 1 << 22;
 /// Seconds for an answer that takes no model.
 const SHORT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Connections on which a request is tried, as long as they are closed instead.
+const ATTEMPTS: usize = 3;
 /// Characters of an error that is not in OpenAI's shape.
 const MAX_ERROR_CHARS: usize = 200;
 
@@ -84,13 +87,27 @@ impl ApiClient {
     }
 
     async fn send(&self, method: Method, path: &str, body: Bytes) -> Result<Response<Body>> {
-        let mut request = Request::builder().method(method).uri(format!("{}{path}", self.base));
-        request = request.header(CONTENT_TYPE, "application/json");
-        if let Some(authorization) = &self.authorization {
-            request = request.header(AUTHORIZATION, authorization);
+        let mut attempts_left = ATTEMPTS;
+        loop {
+            let mut request = Request::builder().method(method.clone()).uri(format!("{}{path}", self.base));
+            request = request.header(CONTENT_TYPE, "application/json");
+            if let Some(authorization) = &self.authorization {
+                request = request.header(AUTHORIZATION, authorization);
+            }
+            attempts_left -= 1;
+            match self.http.request(request.body(Full::new(body.clone()))?).await {
+                Err(error) if attempts_left > 0 && was_closed(&error) => {}
+                answer => return Ok(answer?.map(Body::new)),
+            }
         }
-        Ok(self.http.request(request.body(Full::new(body))?).await?.map(Body::new))
     }
+}
+
+/// Whether the server closed the connection instead of answering, as one does that ends kept connections unannounced,
+/// just when they are used again.
+fn was_closed(error: &hyper_util::client::legacy::Error) -> bool {
+    let source = error.source().and_then(|source| source.downcast_ref::<hyper::Error>());
+    source.is_some_and(hyper::Error::is_incomplete_message)
 }
 
 /// The address that paths are put behind.
@@ -126,7 +143,39 @@ pub(super) fn message_of(value: &Value) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
+    use std::net::TcpListener;
+
     use super::*;
+
+    /// Answers the first request of every connection, and closes it when the second comes. The number of connections.
+    fn close_on_reuse(listener: &TcpListener, num_answers: usize) -> usize {
+        let mut buffer = [0; 4096];
+        let (mut num_connections, mut num_answered) = (0, 0);
+        while num_answered < num_answers {
+            let (mut connection, _) = listener.accept().unwrap();
+            num_connections += 1;
+            if connection.read(&mut buffer).unwrap() > 0 {
+                connection.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}").unwrap();
+                num_answered += 1;
+            }
+            if num_answered < num_answers {
+                let _ = connection.read(&mut buffer).unwrap();
+            }
+        }
+        num_connections
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_is_closed_when_used_again_is_no_failure() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = ApiClient::new(&format!("http://{}", listener.local_addr().unwrap()), None).unwrap();
+        let server = std::thread::spawn(move || close_on_reuse(&listener, 3));
+        for _ in 0..3 {
+            assert_eq!(client.get("/").await.unwrap(), serde_json::json!({}));
+        }
+        assert_eq!(server.join().unwrap(), 3);
+    }
 
     #[test]
     fn a_base_has_no_version_at_its_end() {
