@@ -198,8 +198,11 @@ pub struct NonFiniteLogits;
 
 /// Takes one token from `logits` `[vocab]`.
 ///
+/// It is compiled into its caller, as is the search for the largest logit, and so for the caller's instruction set.
+///
 /// # Errors
 /// [`NonFiniteLogits`] if a logit is NaN or positive infinity, or none is finite.
+#[inline(always)]
 pub fn sample_row(logits: &[f32], row: &SampleRow<'_>) -> Result<Sampled, NonFiniteLogits> {
     let max = finite_max(logits)?;
     let token = match row.forced {
@@ -224,6 +227,7 @@ pub fn sample_row(logits: &[f32], row: &SampleRow<'_>) -> Result<Sampled, NonFin
 }
 
 /// The largest logit, if the row can be sampled from.
+#[inline(always)]
 fn finite_max(logits: &[f32]) -> Result<f32, NonFiniteLogits> {
     // Lanes, and comparisons that compile to single instructions: vocabularies are long, and this is most of what a
     // greedy token costs.

@@ -1,7 +1,11 @@
-//! The verbs that treat every row, or every element, by itself: embed, add, rms_norm, gather_rows.
+//! The verbs that treat every row, or every element, by itself: embed, add, rms_norm, gather_rows, sample.
 //!
 //! They are a small share of a step, so they are plain loops that the compiler vectorises; their sums run in
 //! fixed lanes, so that a row's result is the same wherever it is computed.
+
+use backend::sampling::sample_row;
+use backend::{NonFiniteLogits, SampleRow, Sampled};
+use half::bf16;
 
 use crate::grid::Tile;
 use crate::isa::Kernel;
@@ -9,7 +13,6 @@ use crate::matrix::Matrix;
 use crate::numbers::Element;
 use crate::simd::Simd;
 use crate::tensor::Rows;
-use half::bf16;
 
 /// Lanes of a sum of squares.
 const LANES: usize = 16;
@@ -95,6 +98,22 @@ impl<E: Element> Kernel for GatherRows<'_, E> {
     fn run<S: Simd>(mut self, _: S) {
         for row in self.out.rows() {
             self.out.row(row).copy_from_slice(self.x.row(self.indices[row] as usize));
+        }
+    }
+}
+
+/// Takes a token from each row of logits.
+pub(crate) struct Sample<'a> {
+    pub(crate) logits: Rows<'a, f32>,
+    pub(crate) rows: &'a [SampleRow<'a>],
+    pub(crate) sampled: Tile<'a, Result<Sampled, NonFiniteLogits>>,
+}
+
+impl Kernel for Sample<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(mut self, _: S) {
+        for row in self.sampled.rows() {
+            self.sampled.row(row)[0] = sample_row(self.logits.row(row), &self.rows[row]);
         }
     }
 }

@@ -32,7 +32,6 @@ mod tensor;
 use std::io::{self, Seek, Write};
 use std::sync::mpsc::Receiver;
 
-use backend::sampling::sample_row;
 use backend::{
     AttentionShape, Backend, BackendError, Batch, DType, ExpertLoad, ExpertsView, MatrixUse, NonFiniteLogits,
     RopeTable, RouteShape, SampleRow, Sampled, StepShape, WeightView,
@@ -48,7 +47,7 @@ pub use crate::packed::{ImageError, ImageKey, ImageUse, PackedMatrix};
 pub use crate::tensor::Tensor;
 
 use crate::attention::{Attention, AttentionSplit, Inputs, MergeSplits, Splits};
-use crate::elementwise::{Add, AddRmsNorm, Embed, GatherRows, RmsNorm};
+use crate::elementwise::{Add, AddRmsNorm, Embed, GatherRows, RmsNorm, Sample};
 use crate::experts::{Down, GateUp};
 use crate::grid::{Grid, Tiles};
 use crate::kv::{KvStorage, RopeStoreKv};
@@ -424,10 +423,9 @@ impl Backend for Cpu {
         let logits = logits.f32();
         self.sampled.clear();
         self.sampled.resize(rows.len(), Err(NonFiniteLogits));
-        self.team.for_each(Grid::row_bands(&mut self.sampled, 1, 1), |mut sampled| {
-            for row in sampled.rows() {
-                sampled.row(row)[0] = sample_row(logits.row(row), &rows[row]);
-            }
+        let isa = self.isa;
+        self.team.for_each(Grid::row_bands(&mut self.sampled, 1, 1), |sampled| {
+            isa.run(Sample { logits, rows, sampled });
         });
     }
 
