@@ -36,7 +36,7 @@ use crate::isa::Kernel;
 use crate::kv::{KvCache, MAX_HEAD_DIM};
 use crate::simd::{LANE_ROWS, PAIR, RowPairs, Simd, TILE_TOKENS};
 use crate::tensor::Rows;
-use heads::{CachedHead, KeyScratch, OverKvHead, WideValues, over_kv_head};
+use heads::{CachedHead, KeyScratch, OverKvHead, WideValues, over_kv_head, scale};
 use panels::Panels;
 use scores::{GROUPS, KeyLanes, Scores, score};
 use softmax::Softmax;
@@ -384,14 +384,13 @@ fn attend<S: Simd, H: CachedHead>(
     let (head, head_dim, num_queries) = (&context.head, context.head_dim, context.num_queries);
     let Work { queries, keys, values, panels, scores } = work;
     let (queries, scores) = (&mut queries[..num_queries], &mut scores[..num_queries]);
-    let mut rows = queries.chunks_mut(context.heads.count);
-    for (row, queries) in context.rows.clone().zip(&mut rows) {
+    for (row, queries) in context.rows.clone().zip(queries.chunks_mut(context.heads.count)) {
         let heads = context.inputs.queries(row, context.heads).chunks(head_dim);
         queries.iter_mut().zip(heads).for_each(|(query, head)| query[..head_dim].copy_from_slice(head));
     }
 
     let factor = 1.0 / (head_dim as f32).sqrt();
-    let tiles = Panels::fit::<S>(head_dim).then(|| panels::tiles(simd, num_queries)).flatten();
+    let tiles = panels::tiles(simd, head_dim, num_queries);
     softmax.begin(num_queries, head_dim);
     for chunk in chunks_of(&part(&context.visible[0], split)) {
         let positions = context.positions(chunk);
@@ -401,9 +400,9 @@ fn attend<S: Simd, H: CachedHead>(
             Some(tiles) => Panels::score(tiles, key_lanes, queries, scores),
             None => score(simd, key_lanes, head_dim, queries, scores),
         }
-        head.scale_by_keys(slots.clone(), first_lane, scores);
+        scale(scores, head.key_scales(), slots.clone(), first_lane);
         let weights = softmax.take_weights(simd, scores, factor, |query| context.lanes(query, chunk));
-        head.scale_by_values(slots.clone(), first_lane, weights.of_chunk);
+        scale(weights.of_chunk, head.value_scales(), slots.clone(), first_lane);
         let values = head.values(slots, head_dim, values);
         match &tiles {
             Some(tiles) => panels.add_values(tiles, &weights, first_lane, &values, head_dim, softmax),

@@ -46,9 +46,9 @@ pub(crate) mod neon;
 pub(crate) use avx2::Avx2;
 use half::{bf16, f16};
 pub(crate) use portable::Portable;
+pub(crate) use tiles::{HalfPairs, NoTiles, PanelInts, PanelQuads, TILE_TOKENS, TileUse, Tiles};
 
 use crate::numbers;
-pub(crate) use tiles::{HalfPairs, NoTiles, PanelInts, PanelQuads, TILE_TOKENS, TileUse, Tiles};
 
 /// Rows of weights whose sums advance together, one per lane.
 pub(crate) const LANE_ROWS: usize = 16;

@@ -37,13 +37,17 @@ pub(super) trait CachedHead: Copy {
         scratch: &'a mut WideValues,
     ) -> Values<'a>;
 
-    /// Multiplies the scores of some queries, from a lane on, by the scales of their slots' keys.
+    /// The scales of the slots' keys, of 8-bit heads.
     #[inline(always)]
-    fn scale_by_keys(&self, _: impl Iterator<Item = usize>, _first_lane: usize, _: &mut [[f32; CHUNK]]) {}
+    fn key_scales(&self) -> Option<&[f32]> {
+        None
+    }
 
-    /// Multiplies the weights of some queries, from a lane on, by the scales of their slots' values.
+    /// The scales of the slots' values, of 8-bit heads.
     #[inline(always)]
-    fn scale_by_values(&self, _: impl Iterator<Item = usize>, _first_lane: usize, _: &mut [[f32; CHUNK]]) {}
+    fn value_scales(&self) -> Option<&[f32]> {
+        None
+    }
 }
 
 /// What is done with a kv head, in either format of the cache.
@@ -154,38 +158,29 @@ impl CachedHead for Q8Head<'_> {
     }
 
     #[inline(always)]
-    fn scale_by_keys(
-        &self,
-        slots: impl Iterator<Item = usize>,
-        first_lane: usize,
-        scores: &mut [[f32; CHUNK]],
-    ) {
-        multiply(scores, lanes_of(self.key_scales, slots, first_lane));
+    fn key_scales(&self) -> Option<&[f32]> {
+        Some(self.key_scales)
     }
 
     #[inline(always)]
-    fn scale_by_values(
-        &self,
-        slots: impl Iterator<Item = usize>,
-        first_lane: usize,
-        weights: &mut [[f32; CHUNK]],
-    ) {
-        multiply(weights, lanes_of(self.value_scales, slots, first_lane));
+    fn value_scales(&self) -> Option<&[f32]> {
+        Some(self.value_scales)
     }
 }
 
-/// The scales of some slots, in a chunk's lanes from `first_lane` on.
+/// Multiplies rows of a chunk's lanes, from `first_lane` on, by the scales of their slots, if there are any.
 #[inline(always)]
-fn lanes_of(scales: &[f32], slots: impl Iterator<Item = usize>, first_lane: usize) -> [f32; CHUNK] {
+pub(super) fn scale(
+    rows: &mut [[f32; CHUNK]],
+    scales: Option<&[f32]>,
+    slots: impl Iterator<Item = usize>,
+    first_lane: usize,
+) {
+    let Some(scales) = scales else { return };
     let mut lanes = [0.0; CHUNK];
     lanes[first_lane..].iter_mut().zip(slots).for_each(|(lane, slot)| *lane = scales[slot]);
-    lanes
-}
-
-#[inline(always)]
-fn multiply(rows: &mut [[f32; CHUNK]], scales: [f32; CHUNK]) {
     for row in rows {
-        row.iter_mut().zip(scales).for_each(|(number, scale)| *number *= scale);
+        row.iter_mut().zip(lanes).for_each(|(number, scale)| *number *= scale);
     }
 }
 

@@ -7,8 +7,8 @@
 //! ```
 //!
 //! Sums have the order of [`Tiles::add_pairs`]: of 32 features, or of a chunk's positions, at a time. A weight is the sum
-//! of two numbers in bf16, as one alone would cost more precision than everything else in attention; all first numbers
-//! of a chunk are multiplied before the second.
+//! of two numbers in bf16, as one alone misses the tolerance of the conformance tests; all first numbers of a chunk are
+//! multiplied before the second.
 
 use std::mem;
 
@@ -33,10 +33,13 @@ pub(super) struct Panels {
 /// Numbers in bf16 whose sum is a weight.
 const PARTS: usize = 2;
 
-/// The tiles for so many queries; `None` if the machine has none.
+/// The tiles for so many queries; `None` if the machine has none, or heads of so many features do not fill them.
 #[inline(always)]
-pub(super) fn tiles<S: Simd>(simd: S, num_queries: usize) -> Option<S::Tiles> {
-    simd.tiles(TileUse::Pairs, num_queries.min(TILE_TOKENS))
+pub(super) fn tiles<S: Simd>(simd: S, head_dim: usize, num_queries: usize) -> Option<S::Tiles> {
+    match head_dim.is_multiple_of(FEATURES) {
+        true => simd.tiles(TileUse::Pairs, num_queries.min(TILE_TOKENS)),
+        false => None,
+    }
 }
 
 /// The first query of each tile of queries. The last tile has as many as the others, of which it shares some with the
@@ -54,11 +57,6 @@ impl Panels {
             weights: [[[bf16::ZERO; CHUNK]; PARTS]; QUERIES],
             products: [[[0.0; FEATURES]; QUERIES]; 2],
         }
-    }
-
-    /// Whether heads of so many features are computed here on an instruction set.
-    pub(super) const fn fit<S: Simd>(head_dim: usize) -> bool {
-        S::HAS_TILES && head_dim.is_multiple_of(FEATURES)
     }
 
     /// As [`score`](super::scores::score).
@@ -178,7 +176,7 @@ mod tests {
 
     impl Kernel for Chunk<'_> {
         fn run<S: Simd>(self, simd: S) {
-            let tiles = tiles(simd, self.queries.len()).expect("an instruction set with tiles");
+            let tiles = tiles(simd, HEAD_DIM, self.queries.len()).expect("an instruction set with tiles");
             Panels::score(&tiles, self.keys, self.queries, self.scores);
             let mut panels = Panels::new();
             panels.add_values(&tiles, &self.weights, FIRST_LANE, self.values, HEAD_DIM, self.softmax);
