@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Every kernel on a GPU: right first, then timed beside the chip's limits.
 
-usage: kernels.py CUBIN_DIR [--checks-only] [--json FILE]      CUBIN_DIR as kernels/check.py leaves it
+usage: kernels.py CUBIN_DIR [--checks-only] [--one-by-one] [--json FILE]
 
-Needs PyTorch and a GPU of compute capability 9.0. Exits non-zero if a kernel is wrong; a slow one is only
-reported.
+CUBIN_DIR is as kernels/check.py leaves it. Needs PyTorch and a GPU of compute capability 9.0. Exits non-zero
+if a kernel is wrong; a slow one is only reported.
 """
 
 import argparse
@@ -23,6 +23,9 @@ def main():
     parser.add_argument("cubins", help="folder of cubins, as kernels/check.py leaves them")
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
     parser.add_argument("--checks-only", action="store_true", help="time nothing, as under compute-sanitizer")
+    parser.add_argument(
+        "--one-by-one", action="store_true", help="leave out the checks of many launches, as under racecheck"
+    )
     options = parser.parse_args()
     torch.manual_seed(time.time_ns() % 2**32)
     torch.zeros(1, device="cuda")
@@ -30,7 +33,7 @@ def main():
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, seed {torch.initial_seed()}", flush=True
     )
-    failures = Checks(kernels).run()
+    failures = Checks(kernels).run(options.one_by_one)
     if not options.checks_only:
         bench = Bench(kernels)
         bench.run()

@@ -11,6 +11,7 @@ seconds, to try this script.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -103,31 +104,35 @@ def bench_load(windrose, url, clients, prompt_len, output_len):
     return figures
 
 
+@contextlib.contextmanager
+def serving(windrose, *options):
+    """A server of its own, on any port: its address, and the seconds that its start took."""
+    begin = time.monotonic()
+    command = [windrose, "serve", "--port", "0", *options]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        words = server.stdout.readline().split()
+        if not words:
+            raise RuntimeError(f"{' '.join(command)}: did not start")
+        yield words[-1].removesuffix("/"), time.monotonic() - begin
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait()
+
+
 def bench_server(windrose, model, kv_cache, tiny):
     """What a server of fp8 weights takes to start, and gives one client, and as many as it takes at once."""
     loads = [(1, 16, 300), (32, 1000, 200), (256, 1000, 1000)] if not tiny else [(1, 8, 10), (4, 20, 10)]
     # Of the cache in 8 bits only what tells it from the other.
     loads = loads[-1:] if kv_cache == "q8" else loads
-    options = ["--model", model, "--dummy-weights", "--device", "cuda", "--weights", "fp8", "--port", "0"]
+    options = ["--model", model, "--dummy-weights", "--device", "cuda", "--weights", "fp8"]
     options += ["--max-model-len", "4096", "--kv-cache", kv_cache]
-    begin = time.monotonic()
-    server = subprocess.Popen([windrose, "serve", *options], stdout=subprocess.PIPE, text=True)
-    try:
-        words = server.stdout.readline().split()
-        if not words:
-            return None
-        figures = {"seconds to ready": time.monotonic() - begin}
-        print(
-            f"ready after {figures['seconds to ready']:.2f} s, {kv_cache} cache, weights included\n",
-            flush=True,
-        )
-        url = words[-1].removesuffix("/")
+    with serving(windrose, *options) as (url, seconds):
+        print(f"ready after {seconds:.2f} s, {kv_cache} cache, weights included\n", flush=True)
+        figures = {"seconds to ready": seconds}
         for clients, *lens in loads:
             figures[f"{clients} clients"] = bench_load(windrose, url, clients, *lens)
         return figures
-    finally:
-        server.send_signal(signal.SIGINT)
-        server.wait()
 
 
 def main():

@@ -11,11 +11,15 @@ and said to be, where there is none. Parts are processes of their own, so that n
   wrappers    every PTX wrapper, bit for bit as on the emulator
   kernels     every kernel against PyTorch in float64, then timed beside the chip's limits
   model       every verb against the reference; Mixtral 8x7B with random weights; a loaded server
-  sanitizer   memcheck and racecheck of the kernels' checks, memcheck of the verbs
+  demo        the demo model's held-out prompts, beside the processor's answers
+  checkpoint  a checkpoint's way from the disk to the GPU
+  sanitizer   memcheck and racecheck of the kernels' checks, memcheck of the verbs, side by side
   peers       what a Triton grouped GEMM, PyTorch and transformers make of the same work
 """
 
 import argparse
+import concurrent.futures
+import contextlib
 import json
 import os
 import shutil
@@ -47,31 +51,47 @@ def commands_of_parts(options):
         "model": [
             script("model.py", options.windrose, "--conformance", options.conformance, "--json", "{json}")
         ],
+        "demo": [script("demo.py", options.windrose, "--json", "{json}")],
+        "checkpoint": [script("checkpoint.py", options.windrose, "--json", "{json}")],
         "sanitizer": [
             sanitize("memcheck", checks),
-            sanitize("racecheck", checks),
+            # It looks at one block's shared memory, and takes minutes over what is about many launches.
+            sanitize("racecheck", [*checks, "--one-by-one"]),
             sanitize("memcheck", [options.conformance]),
         ],
         "peers": [script("peers.py", "--json", "{json}")],
     }
 
 
-def run_command(command, figures):
-    """Runs one command of a part, adds what it measured to `figures`, and says how it ended."""
+def run_commands(commands, figures):
+    """Runs the commands of a part side by side, adds what they measured to `figures`; how each one ended."""
+    with concurrent.futures.ThreadPoolExecutor(len(commands)) as pool:
+        endings = pool.map(lambda command: run_command(command, figures, quiet=len(commands) > 1), commands)
+        return list(endings)
+
+
+def run_command(command, figures, quiet):
+    """How one command ended; a quiet one prints when it has."""
     if shutil.which(command[0]) is None:
         print(f"skipped: there is no {command[0]}", flush=True)
         return "skipped"
     with tempfile.TemporaryDirectory() as directory:
-        path = os.path.join(directory, "figures.json")
+        path, output = os.path.join(directory, "figures.json"), os.path.join(directory, "output")
         command = [path if word == "{json}" else word for word in command]
-        try:
-            status = subprocess.run(command, timeout=LIMIT_SECONDS).returncode
-        except subprocess.TimeoutExpired:
-            return f"not done after {LIMIT_SECONDS} s"
+        with open(output, "w") if quiet else contextlib.nullcontext() as file:
+            try:
+                ending = subprocess.run(command, stdout=file, stderr=file, timeout=LIMIT_SECONDS).returncode
+            except subprocess.TimeoutExpired:
+                ending = None
+        if quiet:
+            with open(output) as file:
+                print(f"-- {' '.join(command)}\n{file.read()}", flush=True)
         if os.path.exists(path):
             with open(path) as file:
                 figures |= json.load(file)
-    return "ok" if status == 0 else f"failed with status {status}"
+    if ending is None:
+        return f"not done after {LIMIT_SECONDS} s"
+    return f"failed with status {ending}" if ending else "ok"
 
 
 def main():
@@ -89,7 +109,7 @@ def main():
     for part in options.only or parts:
         begin, figures = time.monotonic(), {}
         print(f"==== {part}", flush=True)
-        endings = [run_command(command, figures) for command in parts[part]]
+        endings = run_commands(parts[part], figures)
         report[part] = {"endings": endings, "seconds": time.monotonic() - begin, "figures": figures}
         if options.json:
             with open(options.json, "w") as file:

@@ -16,6 +16,7 @@ mod serve;
 mod statistics;
 
 use std::thread::available_parallelism;
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::{ArgMatches, Command};
@@ -63,9 +64,11 @@ pub(crate) fn run(settings: &Settings, arguments: &ArgMatches) -> Result<()> {
 
 fn measure(plan: &Plan, settings: &Settings) -> Result<Report> {
     let model = Model::find(settings)?;
+    let start = Instant::now();
     let runner = model
         .load(settings)
         .with_context(|| format!("cannot measure sequences of {} tokens", settings.max_model_len))?;
+    let load_seconds = start.elapsed().as_secs_f64();
     let cost = Cost::new(&model.config, model.device.weight_bits(), model.token_bytes());
     let mut sequences = Sequences::new(runner, cost, plan)?;
     let num_threads = match settings.threads {
@@ -100,6 +103,7 @@ fn measure(plan: &Plan, settings: &Settings) -> Result<Report> {
         repetitions: plan.repetitions,
         seed: plan.seed,
         max_num_batched_tokens: model.runner_options(settings)?.max_num_batched_tokens,
+        load_seconds,
         limits_before,
         limits_after,
         memory,

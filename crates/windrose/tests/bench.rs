@@ -31,6 +31,7 @@ fn every_figure_of_the_model_is_positive() {
     for limits in ["/limits_before", "/limits_after"] {
         assert_positive(&report, &["read_bytes_per_s", "dot_flop_per_s"].map(|f| format!("{limits}/{f}")));
     }
+    assert_positive(&report, &["/load_seconds"]);
     assert_positive(&report, &["/memory/resident_bytes", "/memory/weight_bytes", "/memory/cache_bytes"]);
     let results = report["results"].as_array().unwrap();
     let kinds: Vec<_> =

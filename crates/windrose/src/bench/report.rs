@@ -40,6 +40,8 @@ pub(super) struct Report {
     pub(super) output_len: usize,
     pub(super) repetitions: usize,
     pub(super) seed: u64,
+    /// From files to where they are computed with; random weights are made.
+    pub(super) load_seconds: f64,
     pub(super) limits_before: Limits,
     pub(super) limits_after: Limits,
     pub(super) memory: Memory,
@@ -149,8 +151,9 @@ impl Report {
         let Memory { resident_bytes, weight_bytes, cache_bytes } = self.memory;
         let resident = resident_bytes.map_or("unknown".to_owned(), bytes);
         line(format!(
-            "memory {resident} resident; weights {}, cache {}",
+            "memory {resident} resident; weights {} loaded in {:.2} s, cache {}",
             bytes(weight_bytes),
+            self.load_seconds,
             bytes(cache_bytes)
         ));
         line(String::new());
