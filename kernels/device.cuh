@@ -232,6 +232,10 @@ DEVICE void tma_load_3d(void* shared, const TensorMap* map, uint64_t* barrier, i
       : "memory");
 }
 
+// Shows what this thread wrote to shared memory, by its copies that it waited for too, to wgmma and bulk copies.
+// fence.proxy.async
+DEVICE void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // bar.sync of the `threads` threads that use barrier `id` (1..15; 0 is __syncthreads).
 DEVICE void named_barrier_sync(int id, uint32_t threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -261,6 +265,14 @@ DEVICE void registers_changed(float (&d)[N]) {
 #ifndef EMULATOR
 #pragma unroll
   for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+#endif
+}
+
+// The same of a left operand, which an asynchronous wgmma still reads.
+DEVICE void registers_changed(uint32_t (&a)[4]) {
+#ifndef EMULATOR
+#pragma unroll
+  for (int i = 0; i < 4; i++) asm volatile("" : "+r"(a[i])::"memory");
 #endif
 }
 

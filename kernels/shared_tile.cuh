@@ -1,4 +1,4 @@
-// Tiles of bf16 in shared memory that cp.async fills and mma.sync reads: rows of WIDTH elements whose 16-byte chunks
+// Tiles of bf16 in shared memory that cp.async fills and tensor cores read: rows of WIDTH elements whose 16-byte chunks
 // are exchanged by the row, so that the eight rows of an ldmatrix fall into different banks.
 #pragma once
 #include "device.cuh"
@@ -14,6 +14,23 @@ DEVICE bf16* tile_chunk(bf16* tile, int row, int chunk) {
   constexpr int MASK = CHUNKS >= 8 ? 7 : CHUNKS - 1;
   return tile + row * WIDTH + ((chunk ^ (row / ROWS_PER_LINE & MASK)) * CHUNK);
 }
+
+// Where the chunks of a tile lie: rows one behind the other, as mma.sync reads them.
+template <int WIDTH>
+struct WholeRows {
+  static DEVICE bf16* chunk(bf16* tile, int row, int chunk) { return tile_chunk<WIDTH>(tile, row, chunk); }
+};
+
+// Or panels of 64 elements of all ROWS rows, as wgmma reads them: the exchange is its 128-byte swizzle.
+template <int ROWS>
+struct Panels {
+  static constexpr int WIDTH = 64;
+  static constexpr int SIZE = ROWS * WIDTH;
+  static DEVICE bf16* chunk(bf16* tile, int row, int chunk) {
+    constexpr int CHUNKS = WIDTH / CHUNK;
+    return tile_chunk<WIDTH>(tile + chunk / CHUNKS * SIZE, row, chunk % CHUNKS);
+  }
+};
 
 // The left operand of m16n8k16: rows `row`.. and elements 16 `step`.. of a tile.
 template <int WIDTH>

@@ -1,17 +1,21 @@
 // Hopper's tensor cores of a warpgroup (four warps, the first of a multiple of four): wgmma, on sm_90a alone.
 //
 // Operands lie in shared memory as rows of 128 bytes (64 bf16 or 128 e4m3) under the 128-byte swizzle, as a bulk tensor
-// copy with that swizzle writes them: eight rows are 1,024 bytes, on which a tile is aligned. K is contiguous in both.
+// copy with that swizzle writes them: eight rows are 1,024 bytes, on which a tile is aligned. K is contiguous in them,
+// but for a transposed right operand, whose rows are K; and a left one of bf16 may come from registers.
 #pragma once
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define HAS_WGMMA 1
 
-// Describes a tile of such rows: start address, 1,024 bytes from one group of eight rows to the next, 128-byte swizzle.
-// A step along K, of 16 bf16 or 32 e4m3, adds 32 bytes to the address. PTX ISA, "matrix descriptor".
-DEVICE uint64_t wgmma_descriptor(const void* tile) {
+// Describes a tile of such rows: start address, leading offset, 1,024 bytes from one group of eight rows to the next,
+// 128-byte swizzle. A step along K, of 16 bf16 or 32 e4m3, adds 32 bytes to the address. In a transposed tile a step is
+// two groups, and the leading offset is from one panel of 64 columns to the next; in others it has no meaning. PTX ISA,
+// "matrix descriptor" and "strides".
+DEVICE uint64_t wgmma_descriptor(const void* tile, uint32_t leading_bytes = 16) {
   uint64_t address = shared_address(tile);
-  return (address & 0x3ffff) >> 4 | 1ull << 16 | static_cast<uint64_t>(1024 >> 4) << 32 | 1ull << 62;
+  return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(leading_bytes >> 4) << 16 |
+         static_cast<uint64_t>(1024 >> 4) << 32 | 1ull << 62;
 }
 
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -40,6 +44,10 @@ DEVICE void wgmma_m64k16(float (&d)[N / 2], uint64_t a, uint64_t b, int accumula
 // The same for a[64, 32] and b[N, 32] of e4m3.
 template <int N>
 DEVICE void wgmma_m64k32(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate);
+// d[64, N] = a[64, 16] · b[16, N], plus d if `accumulate`: b transposed, a from registers, where each warp has 16 rows
+// as the left fragment of m16n8k16. They must not change before the wait.
+template <int N>
+DEVICE void wgmma_m64k16_transposed(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate);
 
 // The registers of d, as the text of the instruction numbers them and as operands: each list is the one of half its
 // length and as many again. asm takes neither from a template.
@@ -90,5 +98,18 @@ WGMMA(32, 16, 16, 17, 18)
 WGMMA(64, 32, 32, 33, 34)
 WGMMA(128, 64, 64, 65, 66)
 WGMMA(256, 128, 128, 129, 130)
+
+#define WGMMA_TRANSPOSED(N, NUM_REGISTERS, A0, A1, A2, A3, B, ACCUMULATE)                                      \
+  template <>                                                                                                   \
+  DEVICE void wgmma_m64k16_transposed<N>(float (&d)[NUM_REGISTERS], const uint32_t (&a)[4], uint64_t b,          \
+                                         int accumulate) {                                                      \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #ACCUMULATE ", 0;\n"                                      \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" REGISTERS_##NUM_REGISTERS          \
+                 "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", p, 1, 1, 1;\n}"                          \
+                 : OPERANDS_##NUM_REGISTERS(0)                                                                  \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                         \
+  }
+WGMMA_TRANSPOSED(64, 32, 32, 33, 34, 35, 36, 37)
+WGMMA_TRANSPOSED(128, 64, 64, 65, 66, 67, 68, 69)
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL

@@ -52,13 +52,14 @@ struct AsyncCopies {
 };
 
 struct WgmmaOperation {
-  uint64_t a, b;  // descriptors
+  uint64_t a, b;  // descriptors; a is not used where it comes from registers
   uint32_t columns;
   Format format;
   bool accumulate;
+  bool is_transposed;  // b, and a comes from registers
   bool operator==(const WgmmaOperation& other) const {
     return a == other.a && b == other.b && columns == other.columns && format == other.format &&
-           accumulate == other.accumulate;
+           accumulate == other.accumulate && is_transposed == other.is_transposed;
   }
 };
 
@@ -69,6 +70,7 @@ struct WarpWgmma {
   uint32_t lanes;  // those that have issued it
   bool done;
   float* accumulators[LANES];
+  const uint32_t* fragments[LANES];  // of a, if it comes from registers
 };
 
 struct WarpTensorCore {

@@ -31,8 +31,10 @@ void wait_at_mbarrier(const uint64_t* barrier, uint32_t parity);
 uint32_t shared_offset(const void* address);
 void issue_bulk_copy(void* shared, const void* tensor_map, uint64_t* barrier, const int* start, uint32_t rank);
 
-uint64_t describe_wgmma_tile(const void* tile);
+uint64_t describe_wgmma_tile(const void* tile, uint32_t leading_bytes);
 void issue_wgmma(Format format, float* d, uint64_t a, uint64_t b, uint32_t columns, bool accumulate);
+// Of bf16, with a[64, 16] from registers and b[16, columns].
+void issue_transposed_wgmma(float* d, const uint32_t* a, uint64_t b, uint32_t columns, bool accumulate);
 void commit_wgmma();
 void wait_wgmma(uint32_t max_in_flight);
 
@@ -158,6 +160,8 @@ inline void tma_load_3d(void* shared, const TensorMap* map, uint64_t* barrier, i
   emulator::issue_bulk_copy(shared, map, barrier, start, 3);
 }
 
+inline void async_proxy_fence() {}
+
 inline void named_barrier_sync(int id, uint32_t threads) {
   if (threads == 0) emulator::die("barrier %d joins no threads", id);
   emulator::barrier_sync(static_cast<uint32_t>(id), threads);
@@ -165,7 +169,9 @@ inline void named_barrier_sync(int id, uint32_t threads) {
 
 // ---- tensor cores of a warpgroup -------------------------------------------------------------------------------
 
-inline uint64_t wgmma_descriptor(const void* tile) { return emulator::describe_wgmma_tile(tile); }
+inline uint64_t wgmma_descriptor(const void* tile, uint32_t leading_bytes = 16) {
+  return emulator::describe_wgmma_tile(tile, leading_bytes);
+}
 inline void wgmma_fence() {}
 inline void wgmma_commit() { emulator::commit_wgmma(); }
 template <int N>
@@ -181,6 +187,11 @@ template <int N>
 inline void wgmma_m64k32(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {
   static_assert(N % 8 == 0 && N >= 8 && N <= 256);
   emulator::issue_wgmma(emulator::Format::E4M3, d, a, b, N, accumulate != 0);
+}
+template <int N>
+inline void wgmma_m64k16_transposed(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  static_assert(N % 64 == 0 && N <= 256);
+  emulator::issue_transposed_wgmma(d, a, b, N, accumulate != 0);
 }
 
 template <int REGISTERS>

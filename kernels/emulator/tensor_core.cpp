@@ -62,19 +62,27 @@ struct MmaOperands {
 
 }  // namespace
 
-// a[16, k] and b[k, 8] from the fragments of all lanes, as the PTX ISA draws them for m16n8k16 and m16n8k32.
+// What a lane has of a[16, k], as the PTX ISA draws it for m16n8k16 and m16n8k32.
+static void gather_left(Format format, uint32_t lane, const uint32_t* fragment, float (&a)[16][MAX_K]) {
+  uint32_t per_word = elements_per_word(format), half_depth = 4 * per_word;
+  for (uint32_t word = 0; word < 4; word++) {
+    for (uint32_t i = 0; i < per_word; i++) {
+      uint32_t k = lane % 4 * per_word + i + word / 2 * half_depth;
+      a[lane / 4 + word % 2 * 8][k] = element_of(format, fragment[word], i);
+    }
+  }
+}
+
+// a[16, k] and b[k, 8] from the fragments of all lanes.
 static void gather_fragments(Format format, void* const* arguments, float (&a)[16][MAX_K], float (&b)[MAX_K][8]) {
   uint32_t per_word = elements_per_word(format);
   for (uint32_t lane = 0; lane < LANES; lane++) {
     const auto& operands = *static_cast<MmaOperands*>(arguments[lane]);
     if (operands.format != format) die("mma: lanes differ in format");
     uint32_t group = lane / 4, half_depth = 4 * per_word;
+    gather_left(format, lane, operands.a, a);
     for (uint32_t i = 0; i < per_word; i++) {
       uint32_t k = lane % 4 * per_word + i;
-      a[group][k] = element_of(format, operands.a[0], i);
-      a[group + 8][k] = element_of(format, operands.a[1], i);
-      a[group][k + half_depth] = element_of(format, operands.a[2], i);
-      a[group + 8][k + half_depth] = element_of(format, operands.a[3], i);
       b[k][group] = element_of(format, operands.b[0], i);
       b[k + half_depth][group] = element_of(format, operands.b[1], i);
     }
@@ -113,14 +121,16 @@ namespace {
 struct Tile {
   uint32_t start;         // offset in dynamic shared memory
   uint32_t group_stride;  // bytes from one group of eight rows to the next
+  uint32_t panel_stride;  // and from 64 columns to the next, of a transposed tile
 };
 
 }  // namespace
 
 // The fields of PTX ISA's "matrix descriptor", the address as an offset in dynamic shared memory.
-uint64_t describe_wgmma_tile(const void* tile) {
+uint64_t describe_wgmma_tile(const void* tile, uint32_t leading_bytes) {
   uint64_t address = shared_offset(tile);
-  return address >> 4 | 1ull << 16 | static_cast<uint64_t>(1024 >> 4) << 32 | 1ull << 62;
+  return address >> 4 | static_cast<uint64_t>(leading_bytes >> 4) << 16 | static_cast<uint64_t>(1024 >> 4) << 32 |
+         1ull << 62;
 }
 
 static Tile read_descriptor(uint64_t descriptor) {
@@ -129,6 +139,7 @@ static Tile read_descriptor(uint64_t descriptor) {
   Tile tile;
   tile.start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
   tile.group_stride = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4;
+  tile.panel_stride = static_cast<uint32_t>(descriptor >> 16 & 0x3fff) << 4;
   if (tile.start % 1024 >= ROW_BYTES) die("wgmma: a tile at offset %u, not a multiple of 1024", tile.start);
   return tile;
 }
@@ -148,17 +159,35 @@ static void decode_chunk(Format format, float* out, const void* chunk) {
   memcpy(out, wide, sizeof wide);
 }
 
+// The 16 bytes of a tile at an offset before the swizzle.
+static const char* tile_chunk(uint32_t offset) {
+  bool fits = (offset | (ROW_BYTES - 1)) < here().block->dynamic_shared_bytes;
+  if (!fits) die("wgmma: a tile reaches past dynamic shared memory");
+  const char* chunk = here().block->dynamic_shared + swizzle_128(offset);
+  note_read(chunk, 16);
+  return chunk;
+}
+
 // Rows [first_row, first_row + num_rows) of a tile, 32 bytes each.
 static void decode_rows(Format format, float (*out)[MAX_K], const Tile& tile, uint32_t first_row, uint32_t num_rows) {
   for (uint32_t i = 0; i < num_rows; i++) {
     uint32_t row = first_row + i;
     uint32_t offset = tile.start + row / 8 * tile.group_stride + row % 8 * ROW_BYTES;
-    bool fits = (offset | (ROW_BYTES - 1)) < here().block->dynamic_shared_bytes;
-    if (!fits) die("wgmma: a tile reaches past dynamic shared memory");
     for (uint32_t half = 0; half < 2; half++) {
-      const char* chunk = here().block->dynamic_shared + swizzle_128(offset + half * 16);
-      note_read(chunk, 16);
-      decode_chunk(format, out[i] + half * depth_of(format) / 2, chunk);
+      decode_chunk(format, out[i] + half * depth_of(format) / 2, tile_chunk(offset + half * 16));
+    }
+  }
+}
+
+// The 16 rows of a transposed tile of bf16, each of one k: out[n][k].
+static void decode_transposed(float (*out)[MAX_K], const Tile& tile, uint32_t num_columns) {
+  if (tile.start % 1024 != 0) die("wgmma: a transposed tile at offset %u, not a multiple of 1024", tile.start);
+  for (uint32_t k = 0; k < depth_of(Format::BF16); k++) {
+    uint32_t row = tile.start + k / 8 * tile.group_stride + k % 8 * ROW_BYTES;
+    for (uint32_t column = 0; column < num_columns; column += 8) {
+      float elements[8];
+      decode_chunk(Format::BF16, elements, tile_chunk(row + column / 64 * tile.panel_stride + column % 64 * 2));
+      for (uint32_t i = 0; i < 8; i++) out[column + i][k] = elements[i];
     }
   }
 }
@@ -204,10 +233,16 @@ static void multiply_columns(Column* columns, const Column* a_transposed, const 
   }
 }
 
-static void multiply_tiles(WgmmaScratch& scratch, const WgmmaOperation& operation, uint32_t warp) {
+static void multiply_tiles(WgmmaScratch& scratch, const WarpWgmma& wgmma, uint32_t warp) {
+  const WgmmaOperation& operation = wgmma.operation;
   float a[WARP_ROWS][MAX_K];
-  decode_rows(operation.format, a, read_descriptor(operation.a), warp % Warpgroup::WARPS * WARP_ROWS, WARP_ROWS);
-  decode_rows(operation.format, scratch.b, read_descriptor(operation.b), 0, operation.columns);
+  if (operation.is_transposed) {
+    for (uint32_t lane = 0; lane < LANES; lane++) gather_left(operation.format, lane, wgmma.fragments[lane], a);
+    decode_transposed(scratch.b, read_descriptor(operation.b), operation.columns);
+  } else {
+    decode_rows(operation.format, a, read_descriptor(operation.a), warp % Warpgroup::WARPS * WARP_ROWS, WARP_ROWS);
+    decode_rows(operation.format, scratch.b, read_descriptor(operation.b), 0, operation.columns);
+  }
   Column a_transposed[MAX_K];
   for (uint32_t k = 0; k < depth_of(operation.format); k++) {
     for (uint32_t row = 0; row < WARP_ROWS; row++) a_transposed[k][row] = a[row][k];
@@ -229,7 +264,7 @@ static void perform(WarpTensorCore& core, WarpWgmma* first, WarpWgmma* end, uint
     bool starts = wgmma == first || !shares(wgmma[-1]);
     bool ends = wgmma + 1 == end || !shares(wgmma[1]);
     if (starts && wgmma->operation.accumulate) load_accumulators(scratch.columns, num_columns, wgmma->accumulators);
-    multiply_tiles(scratch, wgmma->operation, warp);
+    multiply_tiles(scratch, *wgmma, warp);
     if (ends) store_accumulators(scratch.columns, num_columns, wgmma->accumulators);
     wgmma->done = true;
   }
@@ -249,22 +284,30 @@ static void check_warpgroup(uint32_t warp, const WgmmaOperation& operation) {
   group.num_forgotten = least;
 }
 
-void issue_wgmma(Format format, float* d, uint64_t a, uint64_t b, uint32_t columns, bool accumulate) {
-  WgmmaOperation operation{a, b, columns, format, accumulate};
+static void issue(const WgmmaOperation& operation, float* d, const uint32_t* fragment) {
   here().block->engines->used = true;
   WarpTensorCore& core = here().block->engines->tensor_cores[here().warp];
   uint32_t at = core.num_issued[here().lane]++ - core.num_retired;
   uint32_t group = core.num_committed[here().lane];
   if (at == core.pending.size()) {
     check_warpgroup(here().warp, operation);
-    core.pending.push_back(WarpWgmma{operation, group, 0, false, {}});
+    core.pending.push_back(WarpWgmma{operation, group, 0, false, {}, {}});
   }
   WarpWgmma& wgmma = core.pending[at];
   if (!(wgmma.operation == operation) || wgmma.group != group) die("wgmma: lanes of warp %u differ", here().warp);
   wgmma.accumulators[here().lane] = d;
+  wgmma.fragments[here().lane] = fragment;
   wgmma.lanes |= 1u << here().lane;
   order_release(&core.order.issued);
   if (here().block->early && wgmma.lanes == ~0u) perform(core, &wgmma, &wgmma + 1, here().warp);
+}
+
+void issue_wgmma(Format format, float* d, uint64_t a, uint64_t b, uint32_t columns, bool accumulate) {
+  issue({a, b, columns, format, accumulate, false}, d, nullptr);
+}
+
+void issue_transposed_wgmma(float* d, const uint32_t* a, uint64_t b, uint32_t columns, bool accumulate) {
+  issue({0, b, columns, Format::BF16, accumulate, true}, d, a);
 }
 
 void commit_wgmma() {

@@ -4,6 +4,7 @@
 // The two pipelines are small versions of the matrix products in use: cp.async into ldmatrix and mma.sync, and bulk
 // tensor copies into wgmma. A `Bug` leaves out one of their steps; on a GPU those are not even compiled.
 #include "device.cuh"
+#include "shared_tile.cuh"
 
 // ---- warps -----------------------------------------------------------------------------------------------------
 
@@ -459,7 +460,65 @@ WGMMA_GEMMS(64)
 WGMMA_GEMMS(128)
 WGMMA_GEMMS(256)
 
+// ---- registers and a transposed tile into wgmma ----------------------------------------------------------------
+
+enum TransposedBug { TRANSPOSED_RIGHT, WEIGHTS_CHANGE };
+
+// c[64, N] tiles of a [rows][k] · b [k][columns], one warpgroup each: a straight from global memory into registers, b
+// by cp.async into panels of 64 rows. k is a multiple of 64.
+template <int N, TransposedBug BUG>
+DEVICE void wgmma_transposed(const uint32_t* a, const bf16* b, float* c, int columns, int k_end) {
+  DYNAMIC_SHARED(bf16, tile);
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int first_row = blockIdx.y * 64 + 16 * warp + lane / 4, first_column = blockIdx.x * N;
+  float d[N / 2];
+  for (int k = 0; k < k_end; k += 64) {
+    for (int i = threadIdx.x; i < 64 * N / 8; i += 128) {
+      int row = i / (N / 8), chunk = i % (N / 8);
+      cp_async_16(Panels<64>::chunk(tile, row, chunk),
+                  b + static_cast<int64_t>(k + row) * columns + first_column + 8 * chunk);
+    }
+    cp_async_commit();
+    uint32_t fragments[4][4];
+    for (int i = 0; i < 16; i++) {
+      int row = first_row + i % 2 * 8, word = k / 2 + i / 2 * 4 + lane % 4;
+      fragments[i / 4][i % 4] = a[row * (k_end / 2) + word];
+    }
+    cp_async_wait<0>();
+    async_proxy_fence();
+    __syncthreads();
+    registers_changed(d);
+    for (int step = 0; step < 4; step++) registers_changed(fragments[step]);
+    wgmma_fence();
+    for (int step = 0; step < 4; step++) {
+      uint64_t right = wgmma_descriptor(tile + 16 * step * 64, Panels<64>::SIZE * sizeof(bf16));
+      wgmma_m64k16_transposed<N>(d, fragments[step], right, k > 0 || step > 0);
+    }
+    wgmma_commit();
+    if (BUG == WEIGHTS_CHANGE) fragments[3][lane % 4] = 0;
+    wgmma_wait<0>();
+    registers_changed(d);
+    for (int step = 0; step < 4; step++) registers_changed(fragments[step]);
+    __syncthreads();
+  }
+  for (int j = 0; j < N / 8; j++) {
+    for (int i = 0; i < 4; i++) {
+      c[(first_row + i / 2 * 8) * columns + first_column + 8 * j + lane % 4 * 2 + i % 2] = d[4 * j + i];
+    }
+  }
+}
+
+#define WGMMA_TRANSPOSED_TEST(NAME, N, BUG)                                                                  \
+  KERNEL(128, NAME)(const uint32_t* a, const bf16* b, float* c, int columns, int k) {                       \
+    wgmma_transposed<N, BUG>(a, b, c, columns, k);                                                           \
+  }                                                                                                          \
+  REGISTER_KERNEL(NAME)
+WGMMA_TRANSPOSED_TEST(wgmma_transposed_64, 64, TRANSPOSED_RIGHT)
+WGMMA_TRANSPOSED_TEST(wgmma_transposed_128, 128, TRANSPOSED_RIGHT)
+
 #ifdef EMULATOR
+WGMMA_TRANSPOSED_TEST(wgmma_transposed_weights_change, 64, WEIGHTS_CHANGE)
+
 // wgmma.cuh has no such width.
 WGMMA_GEMM(wgmma_gemm_24, 24, false, WGMMA_RIGHT)
 

@@ -458,6 +458,23 @@ static bool run_wgmma_gemm(const char* name, const Options& options, int n, cons
   return is_product(a, b, c, size) && c.is_intact();
 }
 
+// b is [k][columns].
+static bool run_wgmma_transposed(const char* name, const Options& options, int n, const GemmSize& size) {
+  Buffer<bf16> a(static_cast<size_t>(size.rows * size.k)), b(static_cast<size_t>(size.columns * size.k));
+  Buffer<bf16> b_transposed(b.size());
+  Buffer<float> c(static_cast<size_t>(size.rows * size.columns));
+  fill_small(a);
+  fill_small(b);
+  for (size_t i = 0; i < b.size(); i++) {
+    size_t column = i / static_cast<size_t>(size.k), k = i % static_cast<size_t>(size.k);
+    b_transposed[k * static_cast<size_t>(size.columns) + column] = b[i];
+  }
+  dim3 grid(static_cast<unsigned>(size.columns / n), static_cast<unsigned>(size.rows / 64));
+  launch(name, options, Shape{grid, 128, static_cast<size_t>(n) * 128}, a.data(), b_transposed.data(), c.data(),
+         size.columns, size.k);
+  return is_product(a, b, c, size) && c.is_intact();
+}
+
 // ---- the tests, by name ----------------------------------------------------------------------------------------
 
 // A kernel (int* in, int count, int* out) that should reverse 256 numbers.
@@ -523,6 +540,10 @@ static std::vector<Test> wrapper_tests() {
       {"wgmma_gemm_24", false, [](auto& o) { return run_wgmma_gemm("wgmma_gemm_24", o, 24, {64, 48, 192}); }},
       {"wgmma_gemm_64", false, [](auto& o) { return run_wgmma_gemm("wgmma_gemm_64", o, 64, {128, 128, 320}); }},
       {"wgmma_gemm_128", false, [](auto& o) { return run_wgmma_gemm("wgmma_gemm_128", o, 128, {64, 128, 64}); }},
+      {"wgmma_transposed_64", false,
+       [](auto& o) { return run_wgmma_transposed("wgmma_transposed_64", o, 64, {128, 128, 192}); }},
+      {"wgmma_transposed_128", false,
+       [](auto& o) { return run_wgmma_transposed("wgmma_transposed_128", o, 128, {64, 256, 128}); }},
       {"wgmma_gemm_256", false, [](auto& o) { return run_wgmma_gemm("wgmma_gemm_256", o, 256, {64, 256, 128}); }},
   };
 }
@@ -539,6 +560,9 @@ static std::vector<Test> planted_bugs() {
         "wgmma_gemm_no_init_sync"}) {
     tests.push_back({name, true, [=](auto& o) { return run_wgmma_gemm(name, o, 64, {64, 64, 320}); }});
   }
+  tests.push_back({"wgmma_transposed_weights_change", true, [](auto& o) {
+                     return run_wgmma_transposed("wgmma_transposed_weights_change", o, 64, {64, 64, 64});
+                   }});
   for (const char* name :
        {"chained_no_wait", "chained_reads_early", "chained_writes_early", "chained_lets_next_first"}) {
     tests.push_back({name, true, [=](auto& o) { return run_chained(name, o); }});

@@ -26,6 +26,7 @@ from memory import Array, use_device
 
 RECORDED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "wrappers.json")
 WGMMA_COLUMNS = (8, 16, 32, 64, 128, 256)
+TRANSPOSED_COLUMNS = (64, 128)
 # Rank, swizzle, box and start: inside, across each edge, and outside of a tensor [3, 10, 72].
 BOXES = [
     (2, SWIZZLE_128B, (64, 8), (0, 0)),
@@ -222,6 +223,13 @@ class Wrappers:
         self.kernels.launch(f"{form.wgmma}_{n}", (len(b) // n, len(a) // 64), 160, args, shared)
         return c.numpy()
 
+    def multiply_transposed(self, a, b, n):
+        """The same of bf16 with a from registers and b as rows of k."""
+        left, right, c = Array(a), Array(b.T), Array.filled((len(a), len(b)), np.float32)
+        args = [left, right, c, len(b), a.shape[1]]
+        self.kernels.launch(f"wgmma_transposed_{n}", (len(b) // n, len(a) // 64), 128, args, n * 128)
+        return c.numpy()
+
     def expect_product(self, what, form, a, b, c):
         """Of numbers whose sums are exact in any order."""
         self.expect_bits(what, canonical(c))
@@ -243,6 +251,10 @@ class Wrappers:
             for n in WGMMA_COLUMNS:
                 what = f"wgmma_m64k{256 // form.bits}<{n}>"
                 self.check_product(what, form, k, 2 * n, partial(self.multiply_wgmma, form, n=n))
+
+        for n in TRANSPOSED_COLUMNS:
+            what = f"wgmma_m64k16_transposed<{n}>"
+            self.check_product(what, BF16, 320, 2 * n, partial(self.multiply_transposed, n=n))
 
     def check_product(self, what, form, k, columns, multiply):
         a, b = form.integers(7, (128, k)), form.integers(8, (columns, k))
@@ -276,12 +288,15 @@ class Wrappers:
             for k in (256 // form.bits, 64, 128, 256, 4096):
                 a, b = form.normal(k, (64, k)), form.normal(k + 1, (256, k))
                 chain = self.multiply_mma(form, a, b)
-                for n in (8, 256):
-                    c = self.multiply_wgmma(form, a, b, n)
+                forms = {f"n={n}": partial(self.multiply_wgmma, form, n=n) for n in (8, 256)}
+                if form is BF16 and k % 64 == 0:
+                    forms["n=128, transposed"] = partial(self.multiply_transposed, n=128)
+                for name, multiply in forms.items():
+                    c = multiply(a, b)
                     differ = np.count_nonzero(c.view(np.uint32) != chain.view(np.uint32))
                     largest = np.abs(c - chain).max()
                     found = f"{differ == 0}: {differ} of {c.size} differ, by {largest:.2g} at most"
-                    self.note(f"{form.name} K={k}: mma.sync equals wgmma n={n} to the bit", found)
+                    self.note(f"{form.name} K={k}: mma.sync equals wgmma {name} to the bit", found)
 
     def note_precision(self):
         """How far long sums are from float64: of e4m3 products Hopper keeps fewer bits than f32 has."""
