@@ -62,6 +62,7 @@ struct Softmax {
   float largest;
   float sum;
 };
+DEVICE Softmax nothing_seen() { return {-INFINITY, 0.0f}; }
 
 // What exponents are taken relative to: the largest score, or anything finite while there is none.
 DEVICE float exponent_base(float largest) { return largest == -INFINITY ? 0.0f : largest; }
@@ -111,7 +112,7 @@ template <class Element, int HEAD>
 constexpr int ROW_UNITS = HEAD * sizeof(Element) / sizeof(bf16);
 
 // Rows of keys or values in shared memory, in such units, and the scales of e4m3.
-template <class Element, int HEAD>
+template <class Element, int HEAD, class Layout = WholeRows<ROW_UNITS<Element, HEAD>>>
 struct KvTile {
   bf16* rows;
   float* scales;
@@ -132,9 +133,9 @@ struct KvSource {
 // Starts copying keys (part 0) or values (part 1) from `first_key` on to the first rows of a tile, as many as there are
 // THREADS that do it: whole warps, in which every lane finds where one key lies and all learn it from it. Dividing by the
 // block size for every 16 bytes would cost more than all that is done with them.
-template <int THREADS, class Element, int HEAD>
-DEVICE void load_rows(KvTile<Element, HEAD> tile, const KvSource<Element>& source, const KvShape& kv, int part,
-                      int first_key) {
+template <int THREADS, class Element, int HEAD, class Layout>
+DEVICE void load_rows(KvTile<Element, HEAD, Layout> tile, const KvSource<Element>& source, const KvShape& kv,
+                      int part, int first_key) {
   constexpr int UNITS = ROW_UNITS<Element, HEAD>, CHUNKS = UNITS / CHUNK;
   int lane = threadIdx.x % WARP, first_row = threadIdx.x % THREADS - lane, chunk = lane % CHUNKS;
   int key = first_key + first_row + lane;
@@ -150,7 +151,7 @@ DEVICE void load_rows(KvTile<Element, HEAD> tile, const KvSource<Element>& sourc
     int row = i + lane / CHUNKS;
     const bf16* from = rows + static_cast<int64_t>(__shfl_sync(ALL_LANES, cache_row, row)) * UNITS;
     row += first_row;
-    cp_async_16(tile_chunk<UNITS>(tile.rows, row, chunk), from + chunk * CHUNK, first_key + row < source.end_key);
+    cp_async_16(Layout::chunk(tile.rows, row, chunk), from + chunk * CHUNK, first_key + row < source.end_key);
   }
 }
 
@@ -172,7 +173,7 @@ DEVICE QueryRow query_row(const AttentionItem& item, const KvShape& kv, int kv_h
 // Writes a warp's queries to a tile in shared memory from row `first_row` on; rows that do not exist and features beyond
 // the head are zeros. For keys of e4m3 the even ones of 16 features come before the odd ones. Two lanes have a row
 // each, and every other four of its features.
-template <class Element, int HEAD>
+template <class Element, int HEAD, class Layout = WholeRows<HEAD>>
 DEVICE void load_queries(bf16* queries, const bf16* q, const AttentionShape& shape, const AttentionItem& item,
                          int kv_head, int first_row) {
   int lane = threadIdx.x % WARP, row = first_row + lane / 2;
@@ -183,7 +184,7 @@ DEVICE void load_queries(bf16* queries, const bf16* q, const AttentionShape& sha
     return exists ? *reinterpret_cast<const uint32_t*>(source + feature) : 0;
   };
   auto store = [&](int place, uint32_t pair) {
-    *reinterpret_cast<uint32_t*>(tile_chunk<HEAD>(queries, row, place / CHUNK) + place % CHUNK) = pair;
+    *reinterpret_cast<uint32_t*>(Layout::chunk(queries, row, place / CHUNK) + place % CHUNK) = pair;
   };
 #pragma unroll
   for (int i = 0; i < HEAD / 8; i++) {
@@ -280,10 +281,51 @@ DEVICE void mask_tile(float (&scores)[TILE_KEYS / 8][4], const AttentionItem& it
   }
 }
 
+// Turns the scores of this thread's two rows into weights relative to the new largest, and brings the sums to it;
+// what was summed of values has to be multiplied with `shrink`.
+DEVICE void weigh_scores(Softmax (&softmax)[2], float (&scores)[TILE_KEYS / 8][4], float scale, float (&shrink)[2]) {
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    float largest = softmax[h].largest;
+#pragma unroll
+    for (int j = 0; j < TILE_KEYS / 8; j++) largest = fmaxf(largest, fmaxf(scores[j][2 * h], scores[j][2 * h + 1]));
+    largest = quad_max(largest);
+    float base = exponent_base(largest);
+    shrink[h] = exp2_approx(__fmul_rn(__fsub_rn(softmax[h].largest, base), scale));
+    float sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < TILE_KEYS / 8; j++) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        float& score = scores[j][2 * h + i];
+        score = exp2_approx(__fmul_rn(__fsub_rn(score, base), scale));
+        sum += score;
+      }
+    }
+    softmax[h] = {largest, __fmaf_rn(softmax[h].sum, shrink[h], quad_sum(sum))};
+  }
+}
+
 // A pair of weights as bf16, and what that leaves.
 DEVICE void split_pair(float a, float b, uint32_t& high, uint32_t& low) {
   high = pack_bf16(a, b);
   low = pack_bf16(a - low_to_f32(high), b - high_to_f32(high));
+}
+
+// The weights of the 16 keys from `row` of a tile on as two left operands; `scales` are those of the values of e4m3.
+template <class Element>
+DEVICE void split_weights(const float (&weights)[TILE_KEYS / 8][4], const float* scales, int row, uint32_t (&high)[4],
+                          uint32_t (&low)[4]) {
+#pragma unroll
+  for (int part = 0; part < 4; part++) {
+    const float(&pair)[4] = weights[row / 8 + part / 2];
+    float first = pair[part % 2 * 2], second = pair[part % 2 * 2 + 1];
+    if constexpr (IS_E4M3<Element>) {
+      float2 scale = column_scales(scales + row + part / 2 * 8);
+      first = __fmul_rn(first, scale.x), second = __fmul_rn(second, scale.y);
+    }
+    split_pair(first, second, high[part], low[part]);
+  }
 }
 
 // Two features of a row that lie side by side, the first one even.
@@ -303,7 +345,7 @@ struct Accumulator {
 
   DEVICE void clear() {
 #pragma unroll
-    for (int h = 0; h < 2; h++) softmax[h] = {-INFINITY, 0.0f};
+    for (int h = 0; h < 2; h++) softmax[h] = nothing_seen();
 #pragma unroll
     for (int n = 0; n < TILES; n++) {
 #pragma unroll
@@ -313,31 +355,16 @@ struct Accumulator {
 
   // Turns a tile's scores into weights relative to the new largest, and brings sum and output to it.
   DEVICE void weigh(float (&scores)[TILE_KEYS / 8][4], float scale) {
+    float factors[2];
+    weigh_scores(softmax, scores, scale, factors);
+    shrink(factors);
+  }
+
+  DEVICE void shrink(const float (&factors)[2]) {
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-      float largest = softmax[h].largest;
+    for (int n = 0; n < TILES; n++) {
 #pragma unroll
-      for (int j = 0; j < TILE_KEYS / 8; j++) largest = fmaxf(largest, fmaxf(scores[j][2 * h], scores[j][2 * h + 1]));
-      largest = quad_max(largest);
-      float base = exponent_base(largest);
-      float shrink = exp2_approx(__fmul_rn(__fsub_rn(softmax[h].largest, base), scale));
-      float sum = 0.0f;
-#pragma unroll
-      for (int j = 0; j < TILE_KEYS / 8; j++) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          float& score = scores[j][2 * h + i];
-          score = exp2_approx(__fmul_rn(__fsub_rn(score, base), scale));
-          sum += score;
-        }
-      }
-      softmax[h].sum = __fmaf_rn(softmax[h].sum, shrink, quad_sum(sum));
-      softmax[h].largest = largest;
-#pragma unroll
-      for (int n = 0; n < TILES; n++) {
-        output[n][2 * h] *= shrink;
-        output[n][2 * h + 1] *= shrink;
-      }
+      for (int i = 0; i < 4; i++) output[n][i] *= factors[i / 2];
     }
   }
 
@@ -356,16 +383,7 @@ struct Accumulator {
   DEVICE void add_values(const float (&weights)[TILE_KEYS / 8][4], KvTile<Element, HEAD> values, int row) {
     int lane = threadIdx.x % WARP;
     uint32_t high[4], low[4];
-#pragma unroll
-    for (int part = 0; part < 4; part++) {
-      const float(&pair)[4] = weights[row / 8 + part / 2];
-      float first = pair[part % 2 * 2], second = pair[part % 2 * 2 + 1];
-      if constexpr (IS_E4M3<Element>) {
-        float2 scale = column_scales(values.scales + row + part / 2 * 8);
-        first = __fmul_rn(first, scale.x), second = __fmul_rn(second, scale.y);
-      }
-      split_pair(first, second, high[part], low[part]);
-    }
+    split_weights<Element>(weights, values.scales, row, high, low);
     // Several tiles at a time, since the second product of a tile has to wait for the first.
     constexpr int AT_ONCE = TILES < 8 ? TILES : 8;
 #pragma unroll

@@ -409,6 +409,8 @@ fn attention_cases() -> Vec<AttentionCase> {
         AttentionCase::new([2, 1], 12, Some(1), 3),
         AttentionCase { len: 1300, ..AttentionCase::new([4, 1], 12, None, 32) },
         AttentionCase { len: 1300, ..AttentionCase::new([2, 2], 16, Some(700), 32) },
+        AttentionCase { len: 400, ..AttentionCase::new([4, 1], 128, None, 16) },
+        AttentionCase { len: 700, ..AttentionCase::new([6, 2], 64, Some(300), 16) },
     ]
 }
 

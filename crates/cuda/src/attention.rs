@@ -7,6 +7,7 @@
 //! The number of chunks grows with the context, and a recorded launch has a fixed number of blocks: split work is filled
 //! up to a rounded number with items that have nothing to do.
 
+use std::cmp::Reverse;
 use std::ops::Range;
 
 use backend::Batch;
@@ -14,10 +15,6 @@ use bytemuck::Zeroable;
 
 use crate::kernels::{AttentionItem, FoldItem};
 
-/// Query rows, tokens times query heads of one kv head, of an item that decodes.
-pub(crate) const DECODE_ROWS: usize = 16;
-/// Query rows of a tile of a prompt.
-pub(crate) const PREFILL_ROWS: usize = 64;
 /// Keys of a chunk.
 const CHUNK_KEYS: usize = 256;
 const NO_PARTIAL: i32 = -1;
@@ -31,6 +28,10 @@ pub(crate) const MAX_PARTIALS: usize = 1 << 17;
 pub(crate) struct PlanShape {
     pub(crate) num_heads: usize,
     pub(crate) num_kv_heads: usize,
+    /// Most query rows, tokens times query heads of one kv head, of an item that decodes.
+    pub(crate) decode_rows: usize,
+    /// The same of a tile of a prompt.
+    pub(crate) prefill_rows: usize,
     /// Blocks that keep a device busy with a prompt.
     pub(crate) enough_blocks: usize,
 }
@@ -41,11 +42,11 @@ impl PlanShape {
     }
 
     fn tokens_per_tile(&self) -> usize {
-        PREFILL_ROWS / self.group()
+        self.prefill_rows / self.group()
     }
 
     fn decodes(&self, tile: &QueryTile) -> bool {
-        tile.tokens.len() * self.group() <= DECODE_ROWS
+        tile.tokens.len() * self.group() <= self.decode_rows
     }
 }
 
@@ -88,6 +89,8 @@ impl Plan {
                 items.push(item);
             }
         }
+        // The device takes items in their order: what takes longest must not come last.
+        self.prefill_items.sort_by_key(|item| Reverse(item.end_chunk - item.first_chunk));
         if !self.folds.is_empty() {
             self.decode_items.resize(rounded_up(self.decode_items.len()), AttentionItem::zeroed());
             self.prefill_items.resize(rounded_up(self.prefill_items.len()), AttentionItem::zeroed());
@@ -162,7 +165,9 @@ mod tests {
             batch.push_sequence(&vec![0; tokens], computed, &[1; 200], 16);
         }
         let mut plan = Plan::default();
-        plan.make(&PlanShape { num_heads: 8, num_kv_heads: 2, enough_blocks }, &batch);
+        let shape =
+            PlanShape { num_heads: 8, num_kv_heads: 2, decode_rows: 16, prefill_rows: 64, enough_blocks };
+        plan.make(&shape, &batch);
         plan
     }
 
@@ -176,6 +181,14 @@ mod tests {
         assert_eq!(tokens(&plan.decode_items), [(40, 1)]);
         assert!(plan.folds.is_empty());
         assert_eq!((plan.decode_items[0].block_table_start, plan.decode_items[0].end_chunk), (200, 1));
+    }
+
+    #[test]
+    fn tiles_of_prompts_are_ordered_by_their_keys() {
+        let plan = plan(&[(16, 0), (40, 470), (16, 600)], 1);
+        let chunks: Vec<_> =
+            plan.prefill_items.iter().map(|item| (item.first_token, item.end_chunk)).collect();
+        assert_eq!(chunks, [(56, 3), (16, 2), (32, 2), (48, 2), (0, 1)]);
     }
 
     #[test]

@@ -86,6 +86,8 @@ pub(crate) static MMA_TILES: [Tile; 2] = [mma!(16), mma!(64)];
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct AttentionKernel {
     pub(crate) name: &'static str,
+    /// Most query rows of an item: tokens times query heads of one kv head.
+    pub(crate) rows: usize,
     pub(crate) threads: u32,
     pub(crate) shared_bytes: u32,
 }
@@ -95,30 +97,37 @@ pub(crate) struct AttentionKernel {
 pub(crate) struct AttentionKernels {
     pub(crate) head_stride: usize,
     pub(crate) rope_store_kv: &'static str,
-    /// For items of at most [`DECODE_ROWS`](crate::attention::DECODE_ROWS) query rows.
+    /// For single tokens, or a few.
     pub(crate) decode: AttentionKernel,
-    /// For items of at most [`PREFILL_ROWS`](crate::attention::PREFILL_ROWS).
+    /// For prompts.
     pub(crate) prefill: AttentionKernel,
 }
 
 /// Of a cache whose kernels have a suffix and whose rows have so many bytes.
 macro_rules! attention {
     ($suffix:literal, $head_stride:literal, $row_bytes:expr) => {
+        attention!($suffix, $head_stride, $row_bytes, {
+            // Two tiles of 64 keys and values, and the queries.
+            AttentionKernel {
+                name: concat!("attention_prefill", $suffix, "_", $head_stride),
+                rows: 64,
+                threads: 128,
+                shared_bytes: 4 * 64 * $row_bytes + 64 * $head_stride * 2,
+            }
+        })
+    };
+    ($suffix:literal, $head_stride:literal, $row_bytes:expr, $prefill:expr) => {
         AttentionKernels {
             head_stride: $head_stride,
             rope_store_kv: concat!("rope_store_kv", $suffix),
             // A tile of 64 keys and values, and the queries.
             decode: AttentionKernel {
                 name: concat!("attention_decode", $suffix, "_", $head_stride),
+                rows: 16,
                 threads: 32,
                 shared_bytes: 2 * 64 * $row_bytes + 16 * $head_stride * 2,
             },
-            // Two tiles of 64 keys and values, and the queries.
-            prefill: AttentionKernel {
-                name: concat!("attention_prefill", $suffix, "_", $head_stride),
-                threads: 128,
-                shared_bytes: 4 * 64 * $row_bytes + 64 * $head_stride * 2,
-            },
+            prefill: $prefill,
         }
     };
 }
@@ -136,15 +145,34 @@ macro_rules! attention_bf16 {
     };
 }
 
+/// With wgmma for prompts.
+macro_rules! attention_wgmma {
+    ($head_stride:literal) => {
+        attention!("", $head_stride, ($head_stride * 2), {
+            // Four stages of 64 keys and values, and the queries.
+            AttentionKernel {
+                name: concat!("attention_prefill_wgmma_", $head_stride),
+                rows: 128,
+                threads: 384,
+                shared_bytes: (4 * 2 * 64 + 128) * $head_stride * 2,
+            }
+        })
+    };
+}
+
 static ATTENTION_BF16: [AttentionKernels; 4] =
     [attention_bf16!(16), attention_bf16!(32), attention_bf16!(64), attention_bf16!(128)];
+
+static ATTENTION_WGMMA: [AttentionKernels; 4] =
+    [attention_bf16!(16), attention_bf16!(32), attention_wgmma!(64), attention_wgmma!(128)];
 
 static ATTENTION_E4M3: [AttentionKernels; 4] =
     [attention_e4m3!(16), attention_e4m3!(32), attention_e4m3!(64), attention_e4m3!(128)];
 
-/// Widths of a head that attention is compiled for, narrow to wide.
-pub(crate) fn attention(format: KvFormat) -> &'static [AttentionKernels] {
+/// Widths of a head that attention is compiled for, narrow to wide, with the kernels that a device runs.
+pub(crate) fn attention(format: KvFormat, has_wgmma: bool) -> &'static [AttentionKernels] {
     match format {
+        KvFormat::Bf16 if has_wgmma => &ATTENTION_WGMMA,
         KvFormat::Bf16 => &ATTENTION_BF16,
         KvFormat::E4m3 => &ATTENTION_E4M3,
     }
@@ -169,14 +197,19 @@ pub(crate) fn by_file(capability: Capability) -> Vec<(&'static str, Vec<&'static
     });
     let formats = [KvFormat::Bf16, KvFormat::E4m3];
     let formats = formats.into_iter().filter(|&format| format == KvFormat::Bf16 || has_e4m3);
-    let attention: Vec<_> = formats.flat_map(attention).collect();
+    let attention: Vec<_> = formats.flat_map(|format| attention(format, has_wgmma)).collect();
+    let (prefill_wgmma, prefill): (Vec<_>, Vec<_>) = attention
+        .iter()
+        .map(|kernels| kernels.prefill.name)
+        .partition(|name| name.starts_with("attention_prefill_wgmma"));
     let if_e4m3 = |names: [&'static str; 2]| names.into_iter().filter(move |_| has_e4m3);
     let grouped_gemm = if has_wgmma { "grouped_gemm_wgmma" } else { "grouped_gemm_mma" };
-    vec![
+    let files = [
         ("add", vec!["add"]),
         ("attention_decode", attention.iter().map(|kernels| kernels.decode.name).collect()),
         ("attention_fold", vec!["attention_fold"]),
-        ("attention_prefill", attention.iter().map(|kernels| kernels.prefill.name).collect()),
+        ("attention_prefill", prefill),
+        ("attention_prefill_wgmma", prefill_wgmma),
         ("combine_experts", vec!["combine_experts"]),
         ("embed", vec!["embed"]),
         ("gather_rows", vec!["gather_rows"]),
@@ -197,7 +230,8 @@ pub(crate) fn by_file(capability: Capability) -> Vec<(&'static str, Vec<&'static
         ),
         ("route", vec!["route"]),
         ("sample", vec!["sample"]),
-    ]
+    ];
+    files.into_iter().filter(|(_, names)| !names.is_empty()).collect()
 }
 
 /// Something that a kernel takes by value.

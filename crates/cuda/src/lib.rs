@@ -378,15 +378,16 @@ impl Backend for Cuda {
         block_size: usize,
     ) -> Result<KvCache, BackendError> {
         let format = self.kv_format;
-        let mut widths = kernels::attention(format).iter();
+        let mut widths = kernels::attention(format, self.device.has_wgmma).iter();
         let kernels = widths.find(|kernels| kernels.head_stride >= shape.head_dim).ok_or_else(|| {
             BackendError::Unsupported(format!("heads of {} features, 128 at most", shape.head_dim))
         })?;
         let head_stride = kernels.head_stride;
         let group = shape.num_heads / shape.num_kv_heads;
-        if group > attention::PREFILL_ROWS {
+        let (decode_rows, prefill_rows) = (kernels.decode.rows, kernels.prefill.rows);
+        if group > prefill_rows {
             return Err(BackendError::Unsupported(format!(
-                "{group} query heads for each kv head, 64 at most"
+                "{group} query heads for each kv head, {prefill_rows} at most"
             )));
         }
         if self
@@ -401,6 +402,8 @@ impl Backend for Cuda {
         self.plan_shape = Some(PlanShape {
             num_heads: shape.num_heads,
             num_kv_heads: shape.num_kv_heads,
+            decode_rows,
+            prefill_rows,
             enough_blocks: self.device.num_multiprocessors as usize,
         });
         let num_rows = num_blocks * 2 * shape.num_kv_heads * block_size;
