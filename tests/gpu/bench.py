@@ -125,7 +125,7 @@ def captured_chain(kernels, work):
     return captured(chain)
 
 
-def planned_attention(launch, num_seqs, num_tokens, position, split, quantized=False):
+def planned_attention(launch, num_seqs, num_tokens, position, split, quantized=False, wgmma=False):
     """Sequences of one length, blocks scattered over the cache; a short one stays in the L2 between runs."""
     table_len = -(-(position + num_tokens) // BLOCK_SIZE)
     num_blocks = num_seqs * table_len
@@ -133,7 +133,7 @@ def planned_attention(launch, num_seqs, num_tokens, position, split, quantized=F
     cache = Quantized.of(cache) if quantized else cache
     table = torch.randperm(num_blocks, device="cuda").int()
     sequences = [(index * table_len, num_tokens, position) for index in range(num_seqs)]
-    plan = AttentionPlan(sequences, HEADS, KV_HEADS, split)
+    plan = AttentionPlan(sequences, HEADS, KV_HEADS, split, wgmma)
     q = bf16(num_seqs * num_tokens, HEADS * HEAD_DIM)
     return Attention(launch, q, cache, table, plan, HEADS, KV_HEADS, HEAD_DIM, 1 << 30)
 
@@ -261,8 +261,12 @@ class Bench:
                     attention = planned_attention(self.launch, num_seqs, 1, context - 1, split, True)
                     self.report_attention(f"e4m3 {name}", attention, kv_rows * (HEAD_DIM + 4))
         flops = 4 * HEADS * HEAD_DIM * 8192 * 8193 / 2
-        for name, quantized in (("attention", False), ("e4m3 attention", True)):
-            attention = planned_attention(self.launch, 1, 8192, 0, False, quantized)
+        for name, quantized, wgmma in (
+            ("attention", False, False),
+            ("wgmma attention", False, True),
+            ("e4m3 attention", True, False),
+        ):
+            attention = planned_attention(self.launch, 1, 8192, 0, False, quantized, wgmma)
             seconds = median_seconds(attention.run)
             self.report(f"{name}, prompt of 8192", seconds, TFLOPs=flops / seconds / 1e12)
         q, k, v = (

@@ -310,7 +310,10 @@ class Checks:
     def check_attention(self):
         for heads, kv_heads, head_dim, window, length in [
             (32, 8, 128, 1 << 30, 700),
+            (32, 8, 128, 300, 900),
+            (3, 1, 128, 1 << 30, 1100),
             (4, 2, 64, 100, 300),
+            (6, 6, 64, 1 << 30, 800),
             (8, 1, 32, 1 << 30, 130),
             (2, 2, 12, 1 << 30, 530),
         ]:
@@ -325,7 +328,8 @@ class Checks:
             cache[block, 1, :, offset, :head_dim] = values
             q = bf16(length, heads * head_dim)
             args = (table, (heads, kv_heads, head_dim, window))
-            name = f"attention {heads}/{kv_heads} x {head_dim}, {length} tokens"
+            windowed = f", window {window}" if window < length else ""
+            name = f"attention {heads}/{kv_heads} x {head_dim}, {length} tokens{windowed}"
             self.check_attention_over(name, q, cache, cache.double()[block, :, :, offset], *args)
             quantized = Quantized.of(cache)
             # What was not written has scale 0.
@@ -351,6 +355,17 @@ class Checks:
             last = self.launch.attend(q[-1:].contiguous(), cache, table, length - 1, *args, split)
             way = "split" if split else "whole"
             self.expect_equal(f"{name}: last token alone, {way}", last, whole[-1:])
+        if not isinstance(cache, Quantized) and cache.shape[-1] >= 64:
+            self.check_wgmma_attention(name, q, cache, table, args, whole)
         cut = length - 70
         chunked = self.launch.attend(q[cut:].contiguous(), cache, table, cut, *args, False)
         self.expect_equal(f"{name}: last 70 tokens", chunked, whole[cut:])
+
+    def check_wgmma_attention(self, name, q, cache, table, args, whole):
+        """All tokens, and last ones from several places of a tile on."""
+        for num_last in (len(q), *range(1, 130, 17)):
+            last, position = q[-num_last:].contiguous(), len(q) - num_last
+            for split in (False, True):
+                got = self.launch.attend(last, cache, table, position, *args, split, wgmma=True)
+                way = "split" if split else "whole"
+                self.expect_equal(f"{name}: wgmma, last {num_last} tokens, {way}", got, whole[-num_last:])

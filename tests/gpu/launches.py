@@ -174,7 +174,9 @@ def int32(values):
     return torch.tensor(values, dtype=torch.int32, device="cuda")
 
 
-DECODE_ROWS, PREFILL_ROWS = 16, 64
+DECODE_ROWS = 16
+# Query rows of an item of prompts, by whether wgmma attends to it.
+PREFILL_ROWS = {False: 64, True: 128}
 
 
 class AttentionPlan:
@@ -183,9 +185,9 @@ class AttentionPlan:
     Split, every chunk of keys is an item of its own; otherwise an item walks all that its tokens see.
     """
 
-    def __init__(self, sequences, heads, kv_heads, split):
-        group = heads // kv_heads
-        per_tile, first_token = PREFILL_ROWS // group, 0
+    def __init__(self, sequences, heads, kv_heads, split, wgmma=False):
+        group, self.wgmma = heads // kv_heads, wgmma
+        per_tile, first_token = PREFILL_ROWS[wgmma] // group, 0
         self.decode_items, self.prefill_items, self.folds, self.num_partials = [], [], [], 0
         for table_start, num_tokens, position in sequences:
             for first in range(0, num_tokens, per_tile):
@@ -203,6 +205,7 @@ class AttentionPlan:
                     items.append([*tile, c, c + 1, self.num_partials])
                     self.num_partials += count * heads
             first_token += num_tokens
+        self.prefill_items.sort(key=lambda item: item[4] - item[5])
 
 
 class Attention:
@@ -219,15 +222,16 @@ class Attention:
         self.decode_items, self.prefill_items = int32(plan.decode_items), int32(plan.prefill_items)
         self.folds = int32(plan.folds)
         self.out = torch.zeros_like(q)
-        partials = max(plan.num_partials, 1)
+        self.wgmma, partials = plan.wgmma, max(plan.num_partials, 1)
         self.softmax = torch.full((partials, 2), math.nan, device="cuda")
         self.output = torch.full((partials, self.stride), math.nan, device="cuda")
 
     def run(self):
         suffix, row_bytes = ("_e4m3", self.stride + 4) if self.is_quantized else ("", self.stride * 2)
-        for name, items, threads, kv_rows, q_rows in (
-            ("decode", self.decode_items, 32, 2 * 64, DECODE_ROWS),
-            ("prefill", self.prefill_items, 128, 4 * 64, PREFILL_ROWS),
+        prefill = ("prefill_wgmma", 384, 8 * 64) if self.wgmma else ("prefill", 128, 4 * 64)
+        for (name, threads, kv_rows), items, q_rows in (
+            (("decode", 32, 2 * 64), self.decode_items, DECODE_ROWS),
+            (prefill, self.prefill_items, PREFILL_ROWS[self.wgmma]),
         ):
             if len(items):
                 grid = (len(items), self.kv_heads)
@@ -301,9 +305,9 @@ class Launcher:
         arguments = [x, router, pointers, shape, StepSteering()]
         self.kernels.launch("route", max(x.shape[0], 1), 256, arguments)
 
-    def attend(self, q, cache, table, position, heads, kv_heads, head_dim, window, split):
+    def attend(self, q, cache, table, position, heads, kv_heads, head_dim, window, split, wgmma=False):
         """Tokens q [n, heads · head_dim] of one sequence from `position` on."""
-        plan = AttentionPlan([(0, q.shape[0], position)], heads, kv_heads, split)
+        plan = AttentionPlan([(0, q.shape[0], position)], heads, kv_heads, split, wgmma)
         return Attention(self, q, cache, table, plan, heads, kv_heads, head_dim, window).run()
 
     def over_rows(self, num_rows, num_items, threads):
