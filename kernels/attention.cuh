@@ -216,6 +216,17 @@ DEVICE float2 column_scales(const float* scales) {
   return *reinterpret_cast<const float2*>(scales + threadIdx.x % WARP % 4 * 2);
 }
 
+// Multiplies scores with the scales of their keys.
+template <int KEYS>
+DEVICE void scale_scores(float (*scores)[4], const float* scales) {
+#pragma unroll
+  for (int j = 0; j < KEYS / 8; j++) {
+    float2 scale = column_scales(scales + 8 * j);
+#pragma unroll
+    for (int i = 0; i < 4; i++) scores[j][i] = __fmul_rn(scores[j][i], i % 2 == 0 ? scale.x : scale.y);
+  }
+}
+
 // scores[16, KEYS] = queries · keysᵀ, queries from a row on; scores of eight keys after those of the eight before.
 template <int KEYS, class Element, int HEAD>
 DEVICE void score_keys(float (*scores)[4], bf16* queries, int first_row, KvTile<Element, HEAD> keys) {
@@ -254,14 +265,7 @@ DEVICE void score_keys(float (*scores)[4], bf16* queries, int first_row, KvTile<
       }
     }
   }
-  if constexpr (IS_E4M3<Element>) {
-#pragma unroll
-    for (int j = 0; j < KEYS / 8; j++) {
-      float2 scale = column_scales(keys.scales + 8 * j);
-#pragma unroll
-      for (int i = 0; i < 4; i++) scores[j][i] = __fmul_rn(scores[j][i], i % 2 == 0 ? scale.x : scale.y);
-    }
-  }
+  if constexpr (IS_E4M3<Element>) scale_scores<KEYS>(scores, keys.scales);
 }
 
 // Hides the keys that a row does not see; most tiles have none.

@@ -29,7 +29,7 @@ EXPECTED_SASS = [
     (r"mma_e4m3_\w+", ["sm_89"], ["QMMA", "LDSM", "LDGSTS"]),
     (r"attention_(prefill|decode)_\d+", TARGETS, ["HMMA", "LDSM", "LDGSTS"]),
     (r"attention_(prefill|decode)_e4m3_\d+", E4M3_TARGETS, ["HMMA", "LDSM", "LDGSTS", "BF16_V2"]),
-    (r"attention_prefill_wgmma_\d+", ["sm_90a"], ["HGMMA", "tnspB", "LDGSTS", "USETMAXREG"]),
+    (r"attention_prefill_wgmma_(e4m3_)?\d+", ["sm_90a"], ["HGMMA", "tnspB", "LDGSTS", "USETMAXREG"]),
     (r"rope_store_kv_e4m3", E4M3_TARGETS, ["F2FP"]),
     (r"wgmma_gemm_\d+", ["sm_90a"], ["HGMMA", "UTMALDG"]),
     (r"wgmma_gemm_e4m3_\d+", ["sm_90a"], ["QGMMA", "UTMALDG"]),

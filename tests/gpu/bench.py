@@ -265,6 +265,7 @@ class Bench:
             ("attention", False, False),
             ("wgmma attention", False, True),
             ("e4m3 attention", True, False),
+            ("e4m3 wgmma attention", True, True),
         ):
             attention = planned_attention(self.launch, 1, 8192, 0, False, quantized, wgmma)
             seconds = median_seconds(attention.run)

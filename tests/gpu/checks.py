@@ -355,7 +355,7 @@ class Checks:
             last = self.launch.attend(q[-1:].contiguous(), cache, table, length - 1, *args, split)
             way = "split" if split else "whole"
             self.expect_equal(f"{name}: last token alone, {way}", last, whole[-1:])
-        if not isinstance(cache, Quantized) and cache.shape[-1] >= 64:
+        if cache.shape[-1] >= 64:
             self.check_wgmma_attention(name, q, cache, table, args, whole)
         cut = length - 70
         chunked = self.launch.attend(q[cut:].contiguous(), cache, table, cut, *args, False)

@@ -228,16 +228,20 @@ class Attention:
 
     def run(self):
         suffix, row_bytes = ("_e4m3", self.stride + 4) if self.is_quantized else ("", self.stride * 2)
-        prefill = ("prefill_wgmma", 384, 8 * 64) if self.wgmma else ("prefill", 128, 4 * 64)
-        for (name, threads, kv_rows), items, q_rows in (
-            (("decode", 32, 2 * 64), self.decode_items, DECODE_ROWS),
-            (prefill, self.prefill_items, PREFILL_ROWS[self.wgmma]),
+        prefill, prefill_shared = ("prefill", 128), 4 * 64 * row_bytes
+        if self.wgmma:
+            # Four stages of bf16; rows of e4m3 arrive in three tiles of their own, and stages have scales.
+            arriving = 2 * (3 * 64 * row_bytes + 4 * 64 * 4) if self.is_quantized else 0
+            prefill, prefill_shared = ("prefill_wgmma", 384), 2 * 4 * 64 * self.stride * 2 + arriving
+        for (name, threads), kv_bytes, items, q_rows in (
+            (("decode", 32), 2 * 64 * row_bytes, self.decode_items, DECODE_ROWS),
+            (prefill, prefill_shared, self.prefill_items, PREFILL_ROWS[self.wgmma]),
         ):
             if len(items):
                 grid = (len(items), self.kv_heads)
                 args = [*self.inputs, items, self.shape, self.out, self.softmax, self.output]
-                kernel, shared = f"attention_{name}{suffix}_{self.stride}", kv_rows * row_bytes
-                self.kernels.launch(kernel, grid, threads, args, shared + q_rows * self.stride * 2)
+                shared = kv_bytes + q_rows * self.stride * 2
+                self.kernels.launch(f"attention_{name}{suffix}_{self.stride}", grid, threads, args, shared)
         if len(self.folds):
             args = [self.folds, self.softmax, self.output, self.shape, self.out]
             self.kernels.launch("attention_fold", (len(self.folds), self.heads), 128, args)

@@ -145,36 +145,58 @@ macro_rules! attention_bf16 {
     };
 }
 
-/// With wgmma for prompts.
+/// With wgmma for prompts, which takes `arriving_bytes` for rows that are not bf16 yet.
 macro_rules! attention_wgmma {
-    ($head_stride:literal) => {
-        attention!("", $head_stride, ($head_stride * 2), {
+    ($suffix:literal, $head_stride:literal, $row_bytes:expr, $arriving_bytes:expr) => {
+        attention!($suffix, $head_stride, $row_bytes, {
             // Four stages of 64 keys and values, and the queries.
             AttentionKernel {
-                name: concat!("attention_prefill_wgmma_", $head_stride),
+                name: concat!("attention_prefill_wgmma", $suffix, "_", $head_stride),
                 rows: 128,
                 threads: 384,
-                shared_bytes: (4 * 2 * 64 + 128) * $head_stride * 2,
+                shared_bytes: (4 * 2 * 64 + 128) * $head_stride * 2 + $arriving_bytes,
             }
         })
+    };
+}
+
+macro_rules! attention_wgmma_bf16 {
+    ($head_stride:literal) => {
+        attention_wgmma!("", $head_stride, ($head_stride * 2), 0)
+    };
+}
+
+/// Three tiles of 64 keys and values that arrive, and scales of the stages.
+macro_rules! attention_wgmma_e4m3 {
+    ($head_stride:literal) => {
+        attention_wgmma!(
+            "_e4m3",
+            $head_stride,
+            ($head_stride + 4),
+            3 * 2 * 64 * ($head_stride + 4) + 4 * 2 * 64 * 4
+        )
     };
 }
 
 static ATTENTION_BF16: [AttentionKernels; 4] =
     [attention_bf16!(16), attention_bf16!(32), attention_bf16!(64), attention_bf16!(128)];
 
-static ATTENTION_WGMMA: [AttentionKernels; 4] =
-    [attention_bf16!(16), attention_bf16!(32), attention_wgmma!(64), attention_wgmma!(128)];
+static ATTENTION_WGMMA_BF16: [AttentionKernels; 4] =
+    [attention_bf16!(16), attention_bf16!(32), attention_wgmma_bf16!(64), attention_wgmma_bf16!(128)];
 
 static ATTENTION_E4M3: [AttentionKernels; 4] =
     [attention_e4m3!(16), attention_e4m3!(32), attention_e4m3!(64), attention_e4m3!(128)];
 
+static ATTENTION_WGMMA_E4M3: [AttentionKernels; 4] =
+    [attention_e4m3!(16), attention_e4m3!(32), attention_wgmma_e4m3!(64), attention_wgmma_e4m3!(128)];
+
 /// Widths of a head that attention is compiled for, narrow to wide, with the kernels that a device runs.
 pub(crate) fn attention(format: KvFormat, has_wgmma: bool) -> &'static [AttentionKernels] {
-    match format {
-        KvFormat::Bf16 if has_wgmma => &ATTENTION_WGMMA,
-        KvFormat::Bf16 => &ATTENTION_BF16,
-        KvFormat::E4m3 => &ATTENTION_E4M3,
+    match (format, has_wgmma) {
+        (KvFormat::Bf16, false) => &ATTENTION_BF16,
+        (KvFormat::Bf16, true) => &ATTENTION_WGMMA_BF16,
+        (KvFormat::E4m3, false) => &ATTENTION_E4M3,
+        (KvFormat::E4m3, true) => &ATTENTION_WGMMA_E4M3,
     }
 }
 
