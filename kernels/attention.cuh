@@ -138,20 +138,22 @@ DEVICE void load_rows(KvTile<Element, HEAD, Layout> tile, const KvSource<Element
                       int part, int first_key) {
   constexpr int UNITS = ROW_UNITS<Element, HEAD>, CHUNKS = UNITS / CHUNK;
   int lane = threadIdx.x % WARP, first_row = threadIdx.x % THREADS - lane, chunk = lane % CHUNKS;
-  int key = first_key + first_row + lane;
-  int block = key < source.end_key ? source.block_table[key / kv.block_size] : 0;
-  int cache_row = kv_row(kv, block, part, source.kv_head, key % kv.block_size);
+  int key = first_key + first_row + lane, table_index = key / kv.block_size;
+  int block = key < source.end_key ? source.block_table[table_index] : 0;
+  int cache_row = kv_row(kv, block, part, source.kv_head, key - table_index * kv.block_size);
   if constexpr (IS_E4M3<Element>) {
     cp_async_4(tile.scales + first_row + lane, source.cache.scales + cache_row, key < source.end_key);
   }
-  const bf16* rows = reinterpret_cast<const bf16*>(source.cache.rows);
+  // Where chunks lie in a warp's rows does not depend on the warp, and the compiler knows most of it.
+  bf16* warp_rows = tile.rows + first_row * Layout::PITCH;
+  int num_valid = source.end_key - first_key - first_row;
+  const uint8_t* chunks = reinterpret_cast<const uint8_t*>(source.cache.rows) + chunk * 16;
   // Of all at once the addresses would fill the registers.
 #pragma unroll 4
   for (int i = 0; i < WARP; i += WARP / CHUNKS) {
     int row = i + lane / CHUNKS;
-    const bf16* from = rows + static_cast<int64_t>(__shfl_sync(ALL_LANES, cache_row, row)) * UNITS;
-    row += first_row;
-    cp_async_16(Layout::chunk(tile.rows, row, chunk), from + chunk * CHUNK, first_key + row < source.end_key);
+    const uint8_t* from = chunks + static_cast<int64_t>(__shfl_sync(ALL_LANES, cache_row, row)) * (UNITS * 2);
+    cp_async_16(Layout::chunk(warp_rows, row, chunk), from, row < num_valid);
   }
 }
 

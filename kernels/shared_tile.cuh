@@ -18,6 +18,7 @@ DEVICE bf16* tile_chunk(bf16* tile, int row, int chunk) {
 // Where the chunks of a tile lie: rows one behind the other, as mma.sync reads them.
 template <int WIDTH>
 struct WholeRows {
+  static constexpr int PITCH = WIDTH;
   static DEVICE bf16* chunk(bf16* tile, int row, int chunk) { return tile_chunk<WIDTH>(tile, row, chunk); }
 };
 
@@ -25,6 +26,7 @@ struct WholeRows {
 template <int ROWS>
 struct Panels {
   static constexpr int WIDTH = 64;
+  static constexpr int PITCH = WIDTH;
   static constexpr int SIZE = ROWS * WIDTH;
   static DEVICE bf16* chunk(bf16* tile, int row, int chunk) {
     constexpr int CHUNKS = WIDTH / CHUNK;
