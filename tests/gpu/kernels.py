@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Every kernel on a GPU: right first, then timed beside the chip's limits.
 
-usage: kernels.py CUBIN_DIR [--checks-only] [--one-by-one] [--json FILE]
+usage: kernels.py CUBIN_DIR [--checks-only] [--brief] [--json FILE]
 
 CUBIN_DIR is as kernels/check.py leaves it. Needs PyTorch and a GPU of compute capability 9.0. Exits non-zero
 if a kernel is wrong; a slow one is only reported.
@@ -24,7 +24,7 @@ def main():
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
     parser.add_argument("--checks-only", action="store_true", help="time nothing, as under compute-sanitizer")
     parser.add_argument(
-        "--one-by-one", action="store_true", help="leave out the checks of many launches, as under racecheck"
+        "--brief", action="store_true", help="every kernel, but few launches, as under racecheck"
     )
     options = parser.parse_args()
     torch.manual_seed(time.time_ns() % 2**32)
@@ -33,7 +33,7 @@ def main():
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, seed {torch.initial_seed()}", flush=True
     )
-    failures = Checks(kernels).run(options.one_by_one)
+    failures = Checks(kernels, options.brief).run()
     if not options.checks_only:
         bench = Bench(kernels)
         bench.run()

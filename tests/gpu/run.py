@@ -37,9 +37,10 @@ def script(name, *arguments):
     return [sys.executable, os.path.join(HERE, name), *arguments]
 
 
-def sanitize(tool, command):
+def sanitize(tool, command, *options):
     # The checks ask every module for a kernel until one has it, which is no error of theirs.
-    return [SANITIZER, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9", *command]
+    options = ("--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9", *options)
+    return [SANITIZER, *options, *command]
 
 
 def commands_of_parts(options):
@@ -55,8 +56,8 @@ def commands_of_parts(options):
         "checkpoint": [script("checkpoint.py", options.windrose, "--json", "{json}")],
         "sanitizer": [
             sanitize("memcheck", checks),
-            # It looks at one block's shared memory, and takes minutes over what is about many launches.
-            sanitize("racecheck", [*checks, "--one-by-one"]),
+            # It takes minutes over many launches, and must be told that a lane may arrive for its warp.
+            sanitize("racecheck", [*checks, "--brief"], "--racecheck-indirect-barrier-dependency"),
             sanitize("memcheck", [options.conformance]),
         ],
         "peers": [script("peers.py", "--json", "{json}")],
