@@ -46,7 +46,7 @@ pub(crate) mod neon;
 pub(crate) use avx2::Avx2;
 use half::{bf16, f16};
 pub(crate) use portable::Portable;
-pub(crate) use tiles::{HalfPairs, NoTiles, PanelInts, PanelQuads, TILE_TOKENS, TileUse, Tiles};
+pub(crate) use tiles::{HalfPairs, NoTiles, PanelInts, PanelPairs, PanelQuads, TILE_TOKENS, TileUse, Tiles};
 
 use crate::numbers;
 

@@ -1,10 +1,10 @@
 //! The three formats: how 32 rows × 32 columns lie in memory.
 //!
-//! Weights of bf16 lie in pairs of columns, quantised ones in quads. Quads `step` and `step + 4` are read together, so
+//! Weights of bf16 lie in pairs of columns, one half of the rows after the other, quantised ones in quads. Quads `step` and `step + 4` are read together, so
 //! that a byte of q4 holds the same place of both:
 //!
 //! ```text
-//! bf16 pair 0 of rows 0..16, of rows 16..32 │ pair 1 of rows 0..16, of rows 16..32 │ ...
+//! bf16 pair 0 of rows 0..16 │ pair 1 of rows 0..16 │ ... │ pair 0 of rows 16..32 │ pair 1 of rows 16..32 │ ...
 //! q8   scales f16[2][16] │ quad 0 of rows 0..16, of rows 16..32 │ quad 1 of rows 0..16, of rows 16..32 │ ...
 //! q4   scales f16[2][16] │ quads 0 (low halves) and 4 (high) of rows 0..16, of rows 16..32 │ quads 1 and 5 ...
 //! ```
@@ -17,7 +17,7 @@ use half::f16;
 use super::quantise::{Quantised, q4, q8};
 use super::{GROUP, PANEL_ROWS};
 use crate::numbers::Element;
-use crate::simd::{LANE_ROWS, PAIR, PanelQuads, QUAD, QuadBytes, RowPairs, Simd};
+use crate::simd::{LANE_ROWS, PAIR, PanelPairs, PanelQuads, QUAD, QuadBytes, Simd};
 
 /// Steps of a quantised block, two quads each.
 pub(super) const STEPS: usize = GROUP / QUAD / 2;
@@ -49,8 +49,8 @@ pub(crate) trait QuantisedBlock: Block {
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(crate) struct Bf16Block {
-    /// `[pair of columns][half]`
-    pub(super) pairs: [[RowPairs; 2]; GROUP / PAIR],
+    /// `[half][pair of columns]`
+    pub(super) halves: PanelPairs,
 }
 
 /// A block of 8-bit weights.
@@ -91,8 +91,9 @@ unsafe impl Pod for Q4Block {}
 impl Block for Bf16Block {
     #[inline(always)]
     fn set_row(&mut self, row: usize, weights: &[f32; GROUP]) {
-        for (pair, weights) in self.pairs.iter_mut().zip(weights.as_chunks::<PAIR>().0) {
-            pair[row / LANE_ROWS][row % LANE_ROWS] = [weights[0], weights[1]].map(Element::from_f32);
+        let half = &mut self.halves[row / LANE_ROWS];
+        for (pair, weights) in half.iter_mut().zip(weights.as_chunks::<PAIR>().0) {
+            pair[row % LANE_ROWS] = [weights[0], weights[1]].map(Element::from_f32);
         }
     }
 }

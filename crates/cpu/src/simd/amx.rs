@@ -9,8 +9,8 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::sync::LazyLock;
 
+use super::LANE_ROWS;
 use super::tiles::{HalfPairs, PanelInts, PanelPairs, PanelQuads, TILE_TOKENS, TileUse, Tiles};
-use super::{LANE_ROWS, RowPairs};
 
 /// Bytes of a row of weights or sums.
 const ROW_BYTES: usize = 64;
@@ -176,6 +176,13 @@ impl Amx {
         unsafe { self.load::<TILE>(x.as_ptr().cast::<u8>().add(offset), size_of::<X>()) };
     }
 
+    /// Loads the tile of the pairs of half a panel.
+    #[inline(always)]
+    fn load_pairs<const TILE: usize>(&self, weights: &HalfPairs) {
+        // SAFETY: half a panel has the tile's rows, see `new`, one after another.
+        unsafe { self.load::<TILE>(weights.as_ptr().cast(), ROW_BYTES) };
+    }
+
     /// Loads the tile of half of a panel's weights, which are interleaved with the other half's.
     #[inline(always)]
     fn load_weights<const TILE: usize, W, const ROWS: usize>(&self, weights: &[[W; 2]; ROWS], half: usize) {
@@ -230,9 +237,9 @@ impl Tiles for Amx {
         for (group, weights) in weights.enumerate() {
             meanwhile();
             self.load_tokens::<4, X>(&x[firsts[0]..], group * PAIRS_BYTES, PAIRS_BYTES);
-            self.load_weights::<6, RowPairs, _>(weights, 0);
+            self.load_pairs::<6>(&weights[0]);
             multiply!("tdpbf16ps", 0, 4, 6);
-            self.load_weights::<7, RowPairs, _>(weights, 1);
+            self.load_pairs::<7>(&weights[1]);
             multiply!("tdpbf16ps", 1, 4, 7);
             if TILES == 2 {
                 self.load_tokens::<5, X>(&x[last..], group * PAIRS_BYTES, PAIRS_BYTES);
@@ -260,11 +267,9 @@ impl Tiles for Amx {
         self.zero_sums::<0>();
         for (group, [lower, upper]) in weights.enumerate() {
             self.load_tokens::<4, X>(x, group * PAIRS_BYTES, PAIRS_BYTES);
-            // SAFETY: half a panel has the tile's rows, one after another.
-            unsafe { self.load::<6>(lower.as_ptr().cast(), ROW_BYTES) };
+            self.load_pairs::<6>(lower);
             multiply!("tdpbf16ps", 0, 4, 6);
-            // SAFETY: the same.
-            unsafe { self.load::<7>(upper.as_ptr().cast(), ROW_BYTES) };
+            self.load_pairs::<7>(upper);
             multiply!("tdpbf16ps", 1, 4, 7);
         }
         // SAFETY: rows of two halves, as many as the tile has.

@@ -26,7 +26,7 @@ pub(crate) const TILE_TOKENS: usize = 16;
 /// Quads of [`QUADS`] columns of both halves of a panel.
 pub(crate) type PanelQuads = [[QuadBytes; 2]; QUADS];
 /// Pairs of 32 columns of both halves of a panel.
-pub(crate) type PanelPairs = [[RowPairs; 2]; PAIRS];
+pub(crate) type PanelPairs = [HalfPairs; 2];
 /// Pairs of 32 columns of half a panel.
 pub(crate) type HalfPairs = [RowPairs; PAIRS];
 /// A token's integer sums with both halves of a panel, each a cache line.

@@ -42,7 +42,7 @@ impl Tokens<Bf16Block> for Bf16Rows<'_> {
         let num_parts = num_tokens.div_ceil(Self::WALKED_TOKENS);
         for part in 0..num_parts {
             let [start, end] = [part, part + 1].map(|part| part * num_tokens / num_parts);
-            let weights = blocks.iter().map(|block| &block.pairs);
+            let weights = blocks.iter().map(|block| &block.halves);
             if end - start <= tiles.num_tokens() {
                 tiles.add_pairs(weights, x, [start], &mut meanwhile, sums);
             } else {
@@ -66,8 +66,9 @@ impl Tokens<Bf16Block> for Bf16Rows<'_> {
         let mut partial = [[simd.zero(); 2]; T];
         for (group, block) in blocks.iter().enumerate() {
             meanwhile();
-            for (pair, stored) in block.pairs.iter().enumerate() {
-                let weights = [simd.pairs(&stored[0]), simd.pairs(&stored[1])];
+            let [lower, upper] = &block.halves;
+            for (pair, (lower, upper)) in lower.iter().zip(upper).enumerate() {
+                let weights = [simd.pairs(lower), simd.pairs(upper)];
                 for t in 0..T {
                     for half in 0..2 {
                         partial[t][half] = simd.dot_pairs(partial[t][half], weights[half], x[t][group][pair]);
