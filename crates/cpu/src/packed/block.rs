@@ -1,7 +1,7 @@
 //! The three formats: how 32 rows × 32 columns lie in memory.
 //!
-//! Weights of bf16 lie in pairs of columns, one half of the rows after the other, quantised ones in quads. Quads `step` and `step + 4` are read together, so
-//! that a byte of q4 holds the same place of both:
+//! Weights of bf16 lie in pairs of columns, one half of the rows after the other, quantised ones in quads. Quads `step`
+//! and `step + 4` are read together, so that a byte of q4 holds the same place of both:
 //!
 //! ```text
 //! bf16 pair 0 of rows 0..16 │ pair 1 of rows 0..16 │ ... │ pair 0 of rows 16..32 │ pair 1 of rows 16..32 │ ...

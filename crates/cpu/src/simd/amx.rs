@@ -9,8 +9,8 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::sync::LazyLock;
 
-use super::LANE_ROWS;
 use super::tiles::{HalfPairs, PanelInts, PanelPairs, PanelQuads, TILE_TOKENS, TileUse, Tiles};
+use super::{LANE_ROWS, QuadBytes};
 
 /// Bytes of a row of weights or sums.
 const ROW_BYTES: usize = 64;
@@ -183,12 +183,12 @@ impl Amx {
         unsafe { self.load::<TILE>(weights.as_ptr().cast(), ROW_BYTES) };
     }
 
-    /// Loads the tile of half of a panel's weights, which are interleaved with the other half's.
+    /// Loads the tile of the quads of half a panel, which are interleaved with the other half's.
     #[inline(always)]
-    fn load_weights<const TILE: usize, W, const ROWS: usize>(&self, weights: &[[W; 2]; ROWS], half: usize) {
-        const { assert!(size_of::<W>() == ROW_BYTES) };
-        // SAFETY: the tile has `ROWS` rows, see `new`, and each is as long as `W`.
-        unsafe { self.load::<TILE>(weights.as_ptr().cast::<W>().add(half).cast(), 2 * ROW_BYTES) };
+    fn load_quads<const TILE: usize>(&self, weights: &PanelQuads, half: usize) {
+        const { assert!(size_of::<QuadBytes>() == ROW_BYTES) };
+        // SAFETY: half a panel has the tile's rows, see `new`, each as long as `QuadBytes`.
+        unsafe { self.load::<TILE>(weights.as_ptr().cast::<QuadBytes>().add(half).cast(), 2 * ROW_BYTES) };
     }
 }
 
@@ -282,9 +282,9 @@ impl Tiles for Amx {
         assert!(self.purpose != TileUse::Pairs);
         self.load_tokens::<4, X>(x, group * QUADS_BYTES, QUADS_BYTES);
         self.zero_sums::<SET>();
-        self.load_weights::<5, _, _>(weights, 0);
+        self.load_quads::<5>(weights, 0);
         multiply!("tdpbssd", 2 * SET, 4, 5);
-        self.load_weights::<6, _, _>(weights, 1);
+        self.load_quads::<6>(weights, 1);
         multiply!("tdpbssd", 2 * SET + 1, 4, 6);
     }
 
