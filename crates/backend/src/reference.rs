@@ -129,6 +129,10 @@ impl Backend for Reference {
         "reference".to_owned()
     }
 
+    fn weight_bits(&self) -> f64 {
+        32.0
+    }
+
     fn tensor(&mut self, max_rows: usize, features: usize, dtype: DType) -> Result<Tensor, BackendError> {
         Ok(Tensor { features, dtype, values: vec![0.0; max_rows * features] })
     }

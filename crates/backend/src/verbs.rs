@@ -136,6 +136,9 @@ pub trait Backend: Send + 'static {
     /// What runs here, for people: `cpu avx2, 2 threads`.
     fn describe(&self) -> String;
 
+    /// Bits that the weights made for [`MatrixUse::Product`], experts included, take on average.
+    fn weight_bits(&self) -> f64;
+
     /// Allocates a tensor `[max_rows, features]`, zeroed.
     ///
     /// # Errors

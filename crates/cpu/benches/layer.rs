@@ -84,8 +84,6 @@ fn random_weights() -> Bytes {
 
 /// A layer's weights and the tensors of its nine calls.
 struct Layer {
-    /// Of a weight.
-    bits: f64,
     cpu: Cpu,
     qkv: <Cpu as Backend>::Matrix,
     output: <Cpu as Backend>::Matrix,
@@ -125,7 +123,6 @@ impl Layer {
         let norm = WeightView { rows: 1, cols: HIDDEN, dtype: WeightType::Bf16, data: ones };
         let mut tensor = |features, dtype| cpu.tensor(MAX_TOKENS * ROUTE.top_k, features, dtype).unwrap();
         Self {
-            bits: options.weights.bits(),
             residual: tensor(HIDDEN, DType::F32),
             delta: tensor(HIDDEN, DType::F32),
             normed: tensor(HIDDEN, DType::Bf16),
@@ -175,7 +172,7 @@ impl Layer {
         let touched = (0..ROUTE.num_experts).filter(|&e| !routing.expert_range(e).is_empty()).count();
         let attention = (ATTENTION.qkv_features() + ATTENTION.q_features()) * HIDDEN;
         let products = (attention + touched * 3 * HIDDEN * FFN) as f64;
-        products * self.bits / 8.0 + (2 * ROUTE.num_experts * HIDDEN) as f64
+        products * self.cpu.weight_bits() / 8.0 + (2 * ROUTE.num_experts * HIDDEN) as f64
     }
 
     fn measure_decode(&mut self, num_tokens: usize, memory: &MemoryProbe) {

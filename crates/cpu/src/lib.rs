@@ -52,6 +52,7 @@ use crate::experts::{Down, GateUp};
 use crate::grid::{Grid, Tiles};
 use crate::kv::{KvStorage, RopeStoreKv};
 use crate::linear::Linear;
+use crate::matrix::WeightSize;
 use crate::numbers::Element;
 use crate::operand::{Order, Scratch};
 use crate::packed::{PANEL_ROWS, Packer};
@@ -82,6 +83,7 @@ pub struct Cpu {
     /// Most tokens of a tile of a product.
     tile_tokens: usize,
     packer: Packer,
+    size: WeightSize,
     team: Team,
     scratch: Scratch,
     splits: Splits,
@@ -113,6 +115,7 @@ impl Cpu {
             kv_cache: options.kv_cache,
             tile_tokens: packed::tile_tokens(isa, options.weights),
             packer: Packer::default(),
+            size: WeightSize::default(),
             team: Team::new(num_threads),
             scratch: Scratch::default(),
             splits: Splits::default(),
@@ -207,7 +210,12 @@ impl Backend for Cpu {
     fn describe(&self) -> String {
         let threads = self.team.num_threads();
         let plural = if threads == 1 { "" } else { "s" };
-        format!("cpu {}, {threads} thread{plural}, {} weights", self.isa.name(), self.weights.name())
+        let (isa, weights) = (self.isa.name(), self.weights.name());
+        format!("cpu {isa}, {threads} thread{plural}, {weights} weights of {:.1} bits", self.weight_bits())
+    }
+
+    fn weight_bits(&self) -> f64 {
+        self.size.bits().unwrap_or(self.weights.bits())
     }
 
     fn tensor(&mut self, max_rows: usize, features: usize, dtype: DType) -> Result<Tensor, BackendError> {
@@ -228,11 +236,17 @@ impl Backend for Cpu {
             (MatrixUse::Exact, _) => WeightFormat::Bf16,
             (MatrixUse::Product, _) => self.weights,
         };
-        Matrix::packed(parts, format, &mut self.packer, self.isa, &mut self.team)
+        let matrix = Matrix::packed(parts, format, &mut self.packer, self.isa, &mut self.team)?;
+        if purpose == MatrixUse::Product {
+            self.size.add(&matrix);
+        }
+        Ok(matrix)
     }
 
     fn experts(&mut self, view: &ExpertsView) -> Result<Experts, BackendError> {
-        Experts::new(view, self.weights, &mut self.packer, self.isa, &mut self.team)
+        let experts = Experts::new(view, self.weights, &mut self.packer, self.isa, &mut self.team)?;
+        experts.matrices().for_each(|matrix| self.size.add(matrix));
+        Ok(experts)
     }
 
     fn rope(&mut self, table: &RopeTable) -> Result<RopeTable, BackendError> {

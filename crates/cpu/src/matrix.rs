@@ -85,7 +85,7 @@ impl PanelSums {
 /// In which format the weights of products are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum WeightFormat {
-    /// 16 bits.
+    /// As published, in 12 bits where that can be exact, which hardly a matrix resists.
     #[default]
     Bf16 = 16,
     /// 8.5 bits, quantised when loaded.
@@ -110,6 +110,13 @@ enum Elements {
     /// Native-endian bf16, aligned for it.
     Mapped(Bytes),
     Owned(Buffer<bf16>),
+}
+
+/// How much memory matrices take.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct WeightSize {
+    weights: usize,
+    bytes: usize,
 }
 
 /// The gate, up and down matrices of a layer's experts, by expert id.
@@ -137,7 +144,7 @@ impl WeightFormat {
         self != Self::Bf16
     }
 
-    /// Bits of a weight, its share of a scale included.
+    /// Most bits of a weight, its share of a scale included.
     pub fn bits(self) -> f64 {
         match self {
             Self::Bf16 => 16.0,
@@ -200,6 +207,14 @@ impl Matrix {
         &elements.as_slice()[row * self.cols..][..self.cols]
     }
 
+    /// Bytes that it takes.
+    fn num_bytes(&self) -> usize {
+        match &self.storage {
+            Storage::Table(elements) => size_of_val(elements.as_slice()),
+            Storage::Packed(packed) => packed.num_bytes(),
+        }
+    }
+
     /// What is multiplied.
     ///
     /// # Panics
@@ -246,6 +261,24 @@ impl Experts {
                 .collect()
         };
         Ok(Self { gate: matrices(&view.gate)?, up: matrices(&view.up)?, down: matrices(&view.down)? })
+    }
+
+    /// All of them.
+    pub(crate) fn matrices(&self) -> impl Iterator<Item = &Matrix> {
+        self.gate.iter().chain(&self.up).chain(&self.down)
+    }
+}
+
+impl WeightSize {
+    /// Adds a matrix.
+    pub(crate) fn add(&mut self, matrix: &Matrix) {
+        self.weights += matrix.rows * matrix.cols;
+        self.bytes += matrix.num_bytes();
+    }
+
+    /// Bits of a weight on average, its share of all that is kept beside included; `None` if there are no weights.
+    pub(crate) fn bits(self) -> Option<f64> {
+        (self.weights > 0).then(|| 8.0 * self.bytes as f64 / self.weights as f64)
     }
 }
 

@@ -10,15 +10,16 @@
 //!
 //! | format | a weight is | bits with its scale |
 //! |---|---|---|
-//! | bf16 | itself | 16 |
+//! | bf16 | itself | 12, or 16 where weights differ too much in size to be [`compact`] |
 //! | q8 | `scale · stored`, -127..=127 | 8.5 |
 //! | q4 | `scale · (stored - 8)`, -8..=7 | 4.5 |
 //!
-//! A product is specified to the bit, see [`Panels::dot`], and so is quantisation: both are the same on every
+//! A product is specified to the bit, see [`Blocks::dot`], and so is quantisation: both are the same on every
 //! instruction set (but for bf16 on AMX, and subnormal bf16, see [`simd`](crate::simd)), and so are the [`image`]s that
 //! spare the next start the quantisation. bf16 is packed at every start, which takes no longer than reading it.
 
 mod block;
+mod compact;
 mod dot;
 mod image;
 mod quantise;
@@ -38,6 +39,8 @@ use crate::simd::{LANE_ROWS, Simd, TILE_TOKENS};
 use crate::team::Team;
 use crate::tensor::Buffer;
 use block::{Bf16Block, Block, Q4Block, Q8Block, QuantisedBlock};
+use compact::CompactPanels;
+use dot::Blocks;
 use image::Image;
 pub(crate) use image::write as write_image;
 pub use image::{ImageError, ImageKey, ImageUse, PackedMatrix};
@@ -57,6 +60,7 @@ pub(crate) struct Packer {
 /// A packed matrix.
 pub(crate) enum Packed {
     Bf16(Panels<Bf16Block>),
+    CompactBf16(CompactPanels),
     Q8(Panels<Q8Block>),
     Q4(Panels<Q4Block>),
 }
@@ -105,6 +109,11 @@ impl Packer {
         team: &mut Team,
     ) -> Result<Packed, BackendError> {
         let (rows, cols) = (views.iter().map(|view| view.rows).sum(), views[0].cols);
+        if format == WeightFormat::Bf16
+            && let Some(panels) = CompactPanels::pack(views, isa, team)?
+        {
+            return Ok(Packed::CompactBf16(panels));
+        }
         if format.is_quantised()
             && let Some(blocks) = self.take_from_image(rows, cols, team)?
             && let Some(packed) = Packed::from_blocks(format, rows, cols, blocks)
@@ -168,9 +177,19 @@ impl Packed {
     /// What is added to quantised weights to make them unsigned; `None` for bf16.
     pub(crate) fn offset(&self) -> Option<i32> {
         match self {
-            Self::Bf16(_) => None,
+            Self::Bf16(_) | Self::CompactBf16(_) => None,
             Self::Q8(_) => Some(Q8Block::OFFSET),
             Self::Q4(_) => Some(Q4Block::OFFSET),
+        }
+    }
+
+    /// Bytes that it takes.
+    pub(crate) fn num_bytes(&self) -> usize {
+        match self {
+            Self::Bf16(panels) => panels.blocks.len(),
+            Self::CompactBf16(panels) => panels.num_bytes(),
+            Self::Q8(panels) => panels.blocks.len(),
+            Self::Q4(panels) => panels.blocks.len(),
         }
     }
 
@@ -192,6 +211,7 @@ impl Packed {
         let panels = cols.start / PANEL_ROWS..cols.end.div_ceil(PANEL_ROWS);
         match (self, x) {
             (Self::Bf16(all), Operand::Bf16(x)) => all.dot(simd, panels, x, rows, sums),
+            (Self::CompactBf16(all), Operand::Bf16(x)) => all.dot(simd, panels, x, rows, sums),
             (Self::Q8(all), Operand::Quantised(x)) => all.dot(simd, panels, x, rows, sums),
             (Self::Q4(all), Operand::Quantised(x)) => all.dot(simd, panels, x, rows, sums),
             _ => panic!("an operand has the form that its matrix multiplies"),
@@ -206,11 +226,32 @@ impl<B: Block> Panels<B> {
         let fits = num_blocks == rows.div_ceil(PANEL_ROWS) * num_groups;
         fits.then_some(Self { num_groups, blocks, block: PhantomData })
     }
+}
 
-    /// The blocks of one panel.
+impl<B: Block> Blocks for Panels<B> {
+    type Block = B;
+    type Room = [B; 0];
+    const ARE_MADE: bool = false;
+
     #[inline(always)]
-    fn panel(&self, panel: usize) -> &[B] {
-        &bytemuck::cast_slice(&self.blocks)[panel * self.num_groups..][..self.num_groups]
+    fn num_groups(&self) -> usize {
+        self.num_groups
+    }
+
+    #[inline(always)]
+    fn stored(&self, panel: usize, groups: Range<usize>) -> &[u8] {
+        bytemuck::cast_slice(self.blocks(panel, groups, &mut [], || ()))
+    }
+
+    #[inline(always)]
+    fn blocks<'a>(
+        &'a self,
+        panel: usize,
+        groups: Range<usize>,
+        _: &'a mut [B; 0],
+        _: impl FnMut(),
+    ) -> &'a [B] {
+        &bytemuck::cast_slice(&self.blocks)[panel * self.num_groups..][..self.num_groups][groups]
     }
 }
 
@@ -257,19 +298,22 @@ struct Pack<'a, B> {
 impl<B: Block> Kernel for Pack<'_, B> {
     #[inline(always)]
     fn run<S: Simd>(mut self, _: S) {
-        let cols = self.views[0].cols;
-        let mut values = vec![0.0; cols.next_multiple_of(GROUP)];
         for panel in self.panels.rows() {
-            let blocks = self.panels.row(panel);
-            let first = panel * PANEL_ROWS;
-            for (row_in_panel, (view, row_in_view)) in
-                rows_from(self.views, first).take(PANEL_ROWS).enumerate()
-            {
-                view.row_to_f32(row_in_view, &mut values[..cols]);
-                for (block, values) in blocks.iter_mut().zip(values.as_chunks::<GROUP>().0) {
-                    block.set_row(row_in_panel, values);
-                }
-            }
+            pack_panel(self.views, panel, self.panels.row(panel));
+        }
+    }
+}
+
+/// Packs one panel of stacked views into blocks that were zeros.
+#[inline(always)]
+fn pack_panel<B: Block>(views: &[WeightView], panel: usize, blocks: &mut [B]) {
+    let cols = views[0].cols;
+    let mut values = vec![0.0; cols.next_multiple_of(GROUP)];
+    let rows = rows_from(views, panel * PANEL_ROWS).take(PANEL_ROWS);
+    for (row_in_panel, (view, row_in_view)) in rows.enumerate() {
+        view.row_to_f32(row_in_view, &mut values[..cols]);
+        for (block, values) in blocks.iter_mut().zip(values.as_chunks::<GROUP>().0) {
+            block.set_row(row_in_panel, values);
         }
     }
 }
@@ -384,24 +428,31 @@ mod tests {
         let views = [view(num_rows, 1), view(3, 2)];
         let mut team = Team::new(2);
         let packed = Packer::default().pack(format, &views, isa, &mut team).unwrap();
+        check_packed(format, &packed, &views, isa);
+        if format == WeightFormat::Bf16 {
+            assert!(matches!(packed, Packed::CompactBf16(_)));
+            let blocks = pack_views::<Bf16Block>(&views, isa, &mut team).unwrap();
+            let whole = Packed::from_blocks(format, num_rows + 3, len, blocks).unwrap();
+            check_packed(format, &whole, &views, isa);
+        }
+    }
+
+    fn check_packed(format: WeightFormat, packed: &Packed, views: &[WeightView], isa: Isa) {
+        let len = views[0].cols;
+        let mut team = Team::new(2);
         let stacked: Vec<bf16> = views.iter().flat_map(WeightView::to_bf16).collect();
         let rows: Vec<&[bf16]> = stacked.chunks(len).collect();
 
         let values: Vec<f32> =
             (0..(NUM_TOKENS * len) as u64).map(|i| dummy_value(3, i, 0.0, 1.0).to_f32()).collect();
         let (x, mut scratch) = activations(NUM_TOKENS, &values);
-        let operand = scratch.operand(&x, Order::Given, NUM_TOKENS, &packed, isa, &mut team);
+        let operand = scratch.operand(&x, Order::Given, NUM_TOKENS, packed, isa, &mut team);
 
         for cols in [0..rows.len(), 0..rows.len().min(PANEL_ROWS), PANEL_ROWS..rows.len().max(PANEL_ROWS)] {
             for tokens in [0..1, 1..3, 2..5, 1..5, 3..8, 3..19, 2..21, 0..NUM_TOKENS] {
                 let mut sums = PanelSums::default();
-                let kernel = Dot {
-                    packed: &packed,
-                    cols: cols.clone(),
-                    x: operand,
-                    rows: tokens.clone(),
-                    sums: &mut sums,
-                };
+                let kernel =
+                    Dot { packed, cols: cols.clone(), x: operand, rows: tokens.clone(), sums: &mut sums };
                 isa.run(kernel);
                 for (token, panel, sums) in sums.iter() {
                     for (col, &sum) in cols.clone().skip(panel).zip(sums) {

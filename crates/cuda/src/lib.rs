@@ -333,6 +333,10 @@ impl Backend for Cuda {
         format!("cuda {}, compute capability {major}.{minor}{cache}", self.info.name)
     }
 
+    fn weight_bits(&self) -> f64 {
+        self.weights.bits()
+    }
+
     fn tensor(&mut self, max_rows: usize, features: usize, dtype: DType) -> Result<Tensor, BackendError> {
         let stride = stride(features);
         let buffer = self.device.allocate("activations", max_rows * stride * element_bytes(dtype))?;

@@ -87,6 +87,11 @@ impl<B: Backend> MixtralRunner<B> {
         self.backend.describe()
     }
 
+    /// Bits that the weights of products take on average.
+    pub fn weight_bits(&self) -> f64 {
+        self.backend.weight_bits()
+    }
+
     /// The logits `[num_logits, vocab]` of one step, for tests and tools; the cache advances as in
     /// [`ModelRunner::execute`].
     ///

@@ -30,7 +30,7 @@ use crate::bench::plan::Plan;
 use crate::bench::report::{Measurement, Memory, Phase, Report, Row};
 use crate::bench::sequences::Sequences;
 use crate::device::{self, Device};
-use crate::load::Model;
+use crate::load::{Loaded, Model};
 use crate::memory;
 use crate::progress::Progress;
 use crate::settings::Settings;
@@ -65,11 +65,11 @@ pub(crate) fn run(settings: &Settings, arguments: &ArgMatches) -> Result<()> {
 fn measure(plan: &Plan, settings: &Settings) -> Result<Report> {
     let model = Model::find(settings)?;
     let start = Instant::now();
-    let runner = model
+    let Loaded { runner, weight_bits } = model
         .load(settings)
         .with_context(|| format!("cannot measure sequences of {} tokens", settings.max_model_len))?;
     let load_seconds = start.elapsed().as_secs_f64();
-    let cost = Cost::new(&model.config, model.device.weight_bits(), model.token_bytes());
+    let cost = Cost::new(&model.config, weight_bits, model.token_bytes());
     let mut sequences = Sequences::new(runner, cost, plan)?;
     let num_threads = match settings.threads {
         0 => available_parallelism().map_or(1, usize::from),
@@ -90,7 +90,7 @@ fn measure(plan: &Plan, settings: &Settings) -> Result<Report> {
     let limits = limits_before.max(limits_after);
     let memory = Memory {
         resident_bytes: memory::resident_bytes(),
-        weight_bytes: ModelSummary::new(&model.config).weight_bytes(model.device.weight_bits()),
+        weight_bytes: ModelSummary::new(&model.config).weight_bytes(weight_bits),
         cache_bytes: sequences.cache_tokens() as u64 * model.token_bytes(),
     };
     Ok(Report {

@@ -28,6 +28,13 @@ pub(crate) struct Model {
     pub(crate) device: Device,
 }
 
+/// A model that is ready to run.
+pub(crate) struct Loaded {
+    pub(crate) runner: Box<dyn ModelRunner>,
+    /// Bits that its weights took, which may be fewer than their format has at most.
+    pub(crate) weight_bits: f64,
+}
+
 impl Model {
     /// Finds the model that the settings name and reads its configuration.
     pub(crate) fn find(settings: &Settings) -> Result<Self> {
@@ -47,7 +54,7 @@ impl Model {
     }
 
     /// Loads the weights onto the device.
-    pub(crate) fn load(&self, settings: &Settings) -> Result<Box<dyn ModelRunner>> {
+    pub(crate) fn load(&self, settings: &Settings) -> Result<Loaded> {
         let options = self.runner_options(settings)?;
         match &self.device {
             Device::Cpu(formats) => {
@@ -64,12 +71,7 @@ impl Model {
         }
     }
 
-    fn load_on_cpu(
-        &self,
-        settings: &Settings,
-        mut backend: Cpu,
-        options: RunnerOptions,
-    ) -> Result<Box<dyn ModelRunner>> {
+    fn load_on_cpu(&self, settings: &Settings, mut backend: Cpu, options: RunnerOptions) -> Result<Loaded> {
         let num_blocks = 1 + self.num_cache_blocks(settings, &options, || Ok(device::cpu_cache_bytes()))?;
         let options = RunnerOptions { num_blocks, ..options };
         let file = PackedFile::of(self, settings)?;
@@ -77,19 +79,14 @@ impl Model {
             Some(file) if !file.use_in(&mut backend) => Some((file, backend.record())),
             _ => None,
         };
-        let runner = self.load_on(backend, settings, options)?;
+        let loaded = self.load_on(backend, settings, options)?;
         if let Some((file, matrices)) = to_be_written {
             file.write(matrices.try_iter());
         }
-        Ok(runner)
+        Ok(loaded)
     }
 
-    fn load_on<B: Backend>(
-        &self,
-        backend: B,
-        settings: &Settings,
-        options: RunnerOptions,
-    ) -> Result<Box<dyn ModelRunner>> {
+    fn load_on<B: Backend>(&self, backend: B, settings: &Settings, options: RunnerOptions) -> Result<Loaded> {
         let source = match settings.dummy_seed()? {
             Some(seed) => WeightSource::Dummy { seed },
             None => WeightSource::Checkpoint,
@@ -113,7 +110,7 @@ impl Model {
             backend = runner.describe_backend(),
             "loaded"
         );
-        Ok(Box::new(runner))
+        Ok(Loaded { weight_bits: runner.weight_bits(), runner: Box::new(runner) })
     }
 
     /// What a token takes in the cache.

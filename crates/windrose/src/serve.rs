@@ -62,7 +62,7 @@ pub(crate) fn run(settings: &Settings) -> Result<()> {
 /// Loads the model and starts its engine and everything that a server shares.
 pub(crate) fn start(settings: &Settings, model: &Model) -> Result<(AppState, EngineHandle, EngineThread)> {
     let text = TextModel::new(&text_files(model, settings)?)?;
-    let runner = model.load(settings)?;
+    let runner = model.load(settings)?.runner;
     let limits = runner.limits();
     let engine_config = EngineConfig {
         max_num_seqs: limits.max_num_seqs,

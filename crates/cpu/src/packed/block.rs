@@ -47,7 +47,7 @@ pub(crate) trait QuantisedBlock: Block {
 
 /// A block of bf16 weights.
 #[derive(Clone, Copy)]
-#[repr(C)]
+#[repr(C, align(64))]
 pub(crate) struct Bf16Block {
     /// `[half][pair of columns]`
     pub(super) halves: PanelPairs,

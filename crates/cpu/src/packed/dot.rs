@@ -17,8 +17,10 @@ mod quads;
 
 use std::ops::Range;
 
+use bytemuck::Zeroable;
+
+use super::PANEL_ROWS;
 use super::block::Block;
-use super::{PANEL_ROWS, Panels};
 use crate::simd::{Simd, TILE_TOKENS, TileUse};
 
 /// Most tokens that are worth no order but that of the weights in memory.
@@ -77,12 +79,35 @@ pub(super) trait Tokens<B>: Copy {
     );
 }
 
-impl<B: Block> Panels<B> {
+/// A matrix in panels of blocks.
+pub(super) trait Blocks {
+    /// What is multiplied.
+    type Block: Block;
+    /// Where the blocks of a span are made if they are not stored as they are multiplied.
+    type Room: Zeroable;
+    /// Whether they are.
+    const ARE_MADE: bool;
+
+    /// Blocks of a panel.
+    fn num_groups(&self) -> usize;
+
+    /// What some blocks of a panel are stored as.
+    fn stored(&self, panel: usize, groups: Range<usize>) -> &[u8];
+
+    /// Blocks of a panel, at most as many as `room` is for. Before every block that is made it calls `meanwhile`.
+    fn blocks<'a>(
+        &'a self,
+        panel: usize,
+        groups: Range<usize>,
+        room: &'a mut Self::Room,
+        meanwhile: impl FnMut(),
+    ) -> &'a [Self::Block];
+
     /// Adds to `sums[panel][t][r]` the product of row `r` of the panel with token `t`: the sum over its spans, in
     /// ascending order, of what [`Tokens::walk`] specifies. Every operation rounds in one order, so the bits are the
     /// same in every tile.
     #[inline(always)]
-    pub(super) fn dot<S: Simd, X: Tokens<B>>(
+    fn dot<S: Simd, X: Tokens<Self::Block>>(
         &self,
         simd: S,
         panels: Range<usize>,
@@ -91,62 +116,60 @@ impl<B: Block> Panels<B> {
         sums: &mut [[f32; PANEL_ROWS]],
     ) {
         let (num_spans, num_tokens) = (x.num_spans(), rows.len());
-        assert_eq!(num_spans, self.num_groups.div_ceil(X::SPAN_BLOCKS));
+        assert_eq!(num_spans, self.num_groups().div_ceil(X::SPAN_BLOCKS));
         assert_eq!(sums.len(), panels.len() * num_tokens);
         let streamed = num_tokens <= STREAMED_TOKENS;
         // A streamed span is walked in less time than memory takes to answer.
-        let span_bytes = X::SPAN_BLOCKS * size_of::<B>();
+        let span_bytes = X::SPAN_BLOCKS * size_of::<Self::Block>();
         let spans_ahead = if streamed { STREAMED_AHEAD.div_ceil(span_bytes) } else { 1 };
         let (outer, inner) = if streamed { (panels.len(), num_spans) } else { (num_spans, panels.len()) };
+        let end_of = |num_spans: usize| self.num_groups().min(num_spans * X::SPAN_BLOCKS);
+        let groups = |span: usize| end_of(span)..end_of(span + 1);
         simd.call(
             #[inline(always)]
             || {
                 let is_tiled = S::HAS_TILES && num_tokens >= X::FEWEST_TILED;
                 let tiles = is_tiled.then(|| simd.tiles(X::TILE_USE, num_tokens.min(TILE_TOKENS))).flatten();
+                let walked_tokens = if tiles.is_some() { X::WALKED_TOKENS } else { X::tile_tokens::<S>() };
+                let num_passes = usize::from(Self::ARE_MADE) + num_tokens.div_ceil(walked_tokens);
+                let mut room = Self::Room::zeroed();
                 for outer in 0..outer {
                     for inner in 0..inner {
                         let (index, span) = if streamed { (outer, inner) } else { (inner, outer) };
                         let panel = panels.start + index;
                         let sums = &mut sums[index * num_tokens..][..num_tokens];
-                        let next = self.span::<X>(panel, span + spans_ahead);
-                        let way = Way { blocks: self.span::<X>(panel, span), span, first: rows.start };
-                        walk_all(simd, tiles.as_ref(), x, way, next, sums);
+                        let next = self.stored(panel, groups(span + spans_ahead));
+                        let mut prefetch = prefetch(simd, next, X::SPAN_BLOCKS * num_passes);
+                        let blocks = self.blocks(panel, groups(span), &mut room, &mut prefetch);
+                        let way = Way { blocks, span, first: rows.start };
+                        walk_all(simd, tiles.as_ref(), x, way, prefetch, sums);
                     }
                 }
             },
         );
     }
-
-    /// The blocks of one span of a panel; none beyond the last.
-    #[inline(always)]
-    fn span<X: Tokens<B>>(&self, panel: usize, span: usize) -> &[B] {
-        self.panel(panel).chunks(X::SPAN_BLOCKS).nth(span).unwrap_or_default()
-    }
 }
 
-/// Walks all tokens, on a matrix unit if there are tiles for it, and asks for the next span's blocks meanwhile.
+/// Walks all tokens, on a matrix unit if there are tiles for it.
 #[inline(always)]
 fn walk_all<S: Simd, B: Block, X: Tokens<B>>(
     simd: S,
     tiles: Option<&S::Tiles>,
     x: X,
     way: Way<'_, B>,
-    next: &[B],
+    mut meanwhile: impl FnMut(),
     sums: &mut [[f32; PANEL_ROWS]],
 ) {
-    let num_blocks_walked_by = |num_tokens: usize| way.blocks.len() * sums.len().div_ceil(num_tokens);
     if let Some(tiles) = tiles {
-        let prefetch = prefetch(simd, next, num_blocks_walked_by(X::WALKED_TOKENS));
-        x.walk_tiles(simd, tiles, way, prefetch, sums);
+        x.walk_tiles(simd, tiles, way, meanwhile, sums);
         return;
     }
     let most = X::tile_tokens::<S>();
     assert!(most <= MAX_TILE_TOKENS);
-    let mut prefetch = prefetch(simd, next, num_blocks_walked_by(most));
     let mut token = 0;
     while token < sums.len() {
         let way = Way { first: way.first + token, ..way };
-        let tile = Tile { x, way, meanwhile: &mut prefetch };
+        let tile = Tile { x, way, meanwhile: &mut meanwhile };
         let sums = &mut sums[token..];
         // Tiles of about the same size: the few sums of a small one would wait for each other.
         token += match sums.len().div_ceil(sums.len().div_ceil(most)) {
@@ -163,11 +186,11 @@ fn walk_all<S: Simd, B: Block, X: Tokens<B>>(
     }
 }
 
-/// Asks for some blocks bit by bit, all of them in `num_calls` calls: memory takes only a few lines at a time, and what
-/// is needed now would have to wait.
+/// Asks for memory bit by bit, all of it in `num_calls` calls: memory takes only a few lines at a time, and what is needed
+/// now would have to wait.
 #[inline(always)]
-fn prefetch<S: Simd, B: Block>(simd: S, blocks: &[B], num_calls: usize) -> impl FnMut() {
-    let mut lines = bytemuck::cast_slice::<B, u8>(blocks).chunks(LINE);
+fn prefetch<S: Simd>(simd: S, bytes: &[u8], num_calls: usize) -> impl FnMut() {
+    let mut lines = bytes.chunks(LINE);
     let lines_per_call = lines.len().div_ceil(num_calls.max(1));
     move || lines.by_ref().take(lines_per_call).for_each(|line| simd.prefetch(&line[0]))
 }
