@@ -299,8 +299,15 @@ impl<'a, H: CachedHead> Context<'a, H> {
     #[inline(always)]
     fn slots(&self, positions: Range<usize>) -> impl Iterator<Item = usize> + Clone {
         let (block_table, block_size) = (self.block_table, self.inputs.kv.block_size);
-        positions.map(move |position| {
-            block_table[position / block_size] as usize * block_size + position % block_size
+        // Divided once, not for every position.
+        let (mut block, mut offset) = (positions.start / block_size, positions.start % block_size);
+        positions.map(move |_| {
+            let slot = block_table[block] as usize * block_size + offset;
+            offset += 1;
+            if offset == block_size {
+                (block, offset) = (block + 1, 0);
+            }
+            slot
         })
     }
 }
