@@ -10,7 +10,7 @@
 //! of two numbers in bf16, as one alone misses the tolerance of the conformance tests; all first numbers of a chunk are
 //! multiplied before the second.
 
-use std::mem;
+use std::{iter, mem};
 
 use half::bf16;
 
@@ -70,7 +70,7 @@ impl Panels {
         let [lower, upper] = keys.map(|group| group.as_chunks::<LANE_ROWS>().0);
         for first in firsts(tiles, queries.len()) {
             let keys = lower.iter().zip(upper).map(|(lower, upper)| [lower, upper]);
-            tiles.dot_pairs(keys, &queries[first..], &mut scores[first..]);
+            tiles.dot_pairs::<_, 1>(keys, &queries[first..], &mut scores[first..]);
         }
     }
 
@@ -95,8 +95,8 @@ impl Panels {
         let mut previous_sums = None;
         for ([lower, upper], sums) in panels.iter().zip(softmax.blocks(head_dim)) {
             for first in firsts(tiles, parts.len()) {
-                let values = [[lower, upper]; PARTS].into_iter();
-                tiles.dot_pairs(values, &parts[first..], &mut products[first..]);
+                let values = iter::once([lower, upper]);
+                tiles.dot_pairs::<_, PARTS>(values, &parts[first..], &mut products[first..]);
             }
             mem::swap(&mut products, &mut previous_products);
             if let Some(sums) = previous_sums.replace(sums) {

@@ -257,7 +257,7 @@ impl Tiles for Amx {
     }
 
     #[inline(always)]
-    fn dot_pairs<'a, X>(
+    fn dot_pairs<'a, X, const PARTS: usize>(
         &self,
         weights: impl Iterator<Item = [&'a HalfPairs; 2]>,
         x: &[X],
@@ -266,11 +266,13 @@ impl Tiles for Amx {
         assert!(self.purpose == TileUse::Pairs && out.len() >= self.num_tokens);
         self.zero_sums::<0>();
         for (group, [lower, upper]) in weights.enumerate() {
-            self.load_tokens::<4, X>(x, group * PAIRS_BYTES, PAIRS_BYTES);
             self.load_pairs::<6>(lower);
-            multiply!("tdpbf16ps", 0, 4, 6);
             self.load_pairs::<7>(upper);
-            multiply!("tdpbf16ps", 1, 4, 7);
+            for part in group * PARTS..(group + 1) * PARTS {
+                self.load_tokens::<4, X>(x, part * PAIRS_BYTES, PAIRS_BYTES);
+                multiply!("tdpbf16ps", 0, 4, 6);
+                multiply!("tdpbf16ps", 1, 4, 7);
+            }
         }
         // SAFETY: rows of two halves, as many as the tile has.
         unsafe { self.store_sums::<0>(out.as_mut_ptr().cast(), 2 * LANE_ROWS * size_of::<f32>()) };

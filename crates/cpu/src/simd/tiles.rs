@@ -69,11 +69,12 @@ pub(crate) trait Tiles {
         sums: &mut [[f32; 2 * LANE_ROWS]],
     );
 
-    /// Writes to `out[t]` what [`Tiles::add_pairs`] would add to zeros, of weights whose halves lie apart.
+    /// Writes to `out[t]` what [`Tiles::add_pairs`] would add to zeros, of weights whose halves lie apart and each meet
+    /// the next `PARTS` blocks of `x[t]`, one after another.
     ///
     /// # Panics
     /// As [`Tiles::add_pairs`].
-    fn dot_pairs<'a, X>(
+    fn dot_pairs<'a, X, const PARTS: usize>(
         &self,
         weights: impl Iterator<Item = [&'a HalfPairs; 2]>,
         x: &[X],
@@ -116,7 +117,7 @@ impl Tiles for NoTiles {
         match *self {}
     }
 
-    fn dot_pairs<'a, X>(
+    fn dot_pairs<'a, X, const PARTS: usize>(
         &self,
         _: impl Iterator<Item = [&'a HalfPairs; 2]>,
         _: &[X],
