@@ -401,18 +401,27 @@ fn attend<S: Simd, H: CachedHead>(
     softmax.begin(num_queries, head_dim);
     for chunk in chunks_of(&part(&context.visible[0], split)) {
         let positions = context.positions(chunk);
+        // The processor by itself stops at the end of every page, 16 positions, and does not see past a chunk's arithmetic.
+        // Asked for all at once, the next chunk would keep this one's loads waiting.
+        let mut next_slots = context.slots(context.positions(chunk + 1));
+        let mut meanwhile = || {
+            if let Some(slot) = next_slots.next() {
+                head.prefetch(simd, slot, head_dim);
+            }
+        };
         let (slots, first_lane) = (context.slots(positions.clone()), positions.start % CHUNK);
         let key_lanes = context.keys(&positions, keys);
         match &tiles {
-            Some(tiles) => Panels::score(tiles, key_lanes, queries, scores),
+            Some(tiles) => Panels::score(tiles, key_lanes, queries, scores, &mut meanwhile),
             None => score(simd, key_lanes, head_dim, queries, scores),
         }
         scale(scores, head.key_scales(), slots.clone(), first_lane);
-        let weights = softmax.take_weights(simd, scores, factor, |query| context.lanes(query, chunk));
+        let lanes = |query| context.lanes(query, chunk);
+        let weights = softmax.take_weights(simd, scores, factor, lanes, &mut meanwhile);
         scale(weights.of_chunk, head.value_scales(), slots.clone(), first_lane);
         let values = head.values(slots, head_dim, values);
         match &tiles {
-            Some(tiles) => panels.add_values(tiles, &weights, first_lane, &values, head_dim, softmax),
+            Some(tiles) => panels.add_values(tiles, &weights, first_lane, &values, softmax, &mut meanwhile),
             None => softmax.add_values(&weights, first_lane, &values, head_dim),
         }
     }

@@ -6,7 +6,7 @@ use super::CHUNK;
 use super::scores::KeyLanes;
 use super::softmax::Values;
 use crate::kv::{KvCache, KvStorage, MAX_HEAD_DIM, RowPairsQ8, key_place};
-use crate::simd::{LANE_ROWS, PAIR, RowPairs};
+use crate::simd::{LANE_ROWS, PAIR, RowPairs, Simd};
 
 /// Where 16 keys are widened to bf16 or put side by side, if they must be.
 pub(super) type KeyScratch = [RowPairs; MAX_HEAD_DIM / PAIR];
@@ -36,6 +36,9 @@ pub(super) trait CachedHead: Copy {
         head_dim: usize,
         scratch: &'a mut WideValues,
     ) -> Values<'a>;
+
+    /// Asks for a slot's part of both planes.
+    fn prefetch<S: Simd>(&self, simd: S, slot: usize, head_dim: usize);
 
     /// The scales of the slots' keys, of 8-bit heads.
     #[inline(always)]
@@ -109,6 +112,12 @@ impl CachedHead for Bf16Head<'_> {
     ) -> Values<'a> {
         Values::new(slots.map(|slot| &self.values[slot * head_dim..][..head_dim]))
     }
+
+    #[inline(always)]
+    fn prefetch<S: Simd>(&self, simd: S, slot: usize, head_dim: usize) {
+        prefetch(simd, self.keys.as_flattened().as_flattened(), slot, head_dim);
+        prefetch(simd, self.values, slot, head_dim);
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -158,6 +167,12 @@ impl CachedHead for Q8Head<'_> {
     }
 
     #[inline(always)]
+    fn prefetch<S: Simd>(&self, simd: S, slot: usize, head_dim: usize) {
+        prefetch(simd, self.keys.as_flattened().as_flattened(), slot, head_dim);
+        prefetch(simd, self.values, slot, head_dim);
+    }
+
+    #[inline(always)]
     fn key_scales(&self) -> Option<&[f32]> {
         Some(self.key_scales)
     }
@@ -181,6 +196,17 @@ pub(super) fn scale(
     lanes[first_lane..].iter_mut().zip(slots).for_each(|(lane, slot)| *lane = scales[slot]);
     for row in rows {
         row.iter_mut().zip(lanes).for_each(|(number, scale)| *number *= scale);
+    }
+}
+
+/// Asks for a slot's part of a plane. Keys that lie side by side are as long together as their slots' values, so each slot
+/// answers for as many of their cache lines.
+#[inline(always)]
+fn prefetch<S: Simd, T>(simd: S, plane: &[T], slot: usize, head_dim: usize) {
+    const LINE_BYTES: usize = 64;
+    let part = &plane[slot * head_dim..][..head_dim];
+    for line in part.chunks(LINE_BYTES / size_of::<T>()) {
+        simd.prefetch(&line[0]);
     }
 }
 

@@ -59,22 +59,23 @@ impl Panels {
         }
     }
 
-    /// As [`score`](super::scores::score).
+    /// As [`score`](super::scores::score). `meanwhile` is called now and then.
     #[inline(always)]
     pub(super) fn score<T: Tiles>(
         tiles: &T,
         keys: [KeyLanes<'_>; GROUPS],
         queries: &[Query],
         scores: &mut [[f32; CHUNK]],
+        mut meanwhile: impl FnMut(),
     ) {
         let [lower, upper] = keys.map(|group| group.as_chunks::<LANE_ROWS>().0);
         for first in firsts(tiles, queries.len()) {
             let keys = lower.iter().zip(upper).map(|(lower, upper)| [lower, upper]);
-            tiles.dot_pairs::<_, 1>(keys, &queries[first..], &mut scores[first..]);
+            tiles.dot_pairs::<_, 1>(keys, &queries[first..], &mut meanwhile, &mut scores[first..]);
         }
     }
 
-    /// As [`Softmax::add_values`].
+    /// As [`Softmax::add_values`]. `meanwhile` is called now and then.
     #[inline(always)]
     pub(super) fn add_values<T: Tiles>(
         &mut self,
@@ -82,13 +83,14 @@ impl Panels {
         weights: &Weights<'_>,
         first_lane: usize,
         values: &Values<'_>,
-        head_dim: usize,
         softmax: &mut Softmax,
+        mut meanwhile: impl FnMut(),
     ) {
+        let head_dim = values[0].len();
         let parts = &mut self.weights[..weights.of_chunk.len()];
         split(weights.of_chunk, parts);
         let panels = &mut self.values[..head_dim / FEATURES];
-        interleave(values, first_lane, panels);
+        interleave(values, first_lane, panels, &mut meanwhile);
         // What the matrix unit stores can be loaded a while later: meanwhile it multiplies the next features.
         let [products, previous_products] = &mut self.products;
         let (mut products, mut previous_products) = (products, previous_products);
@@ -96,7 +98,7 @@ impl Panels {
         for ([lower, upper], sums) in panels.iter().zip(softmax.blocks(head_dim)) {
             for first in firsts(tiles, parts.len()) {
                 let values = iter::once([lower, upper]);
-                tiles.dot_pairs::<_, PARTS>(values, &parts[first..], &mut products[first..]);
+                tiles.dot_pairs::<_, PARTS>(values, &parts[first..], &mut meanwhile, &mut products[first..]);
             }
             mem::swap(&mut products, &mut previous_products);
             if let Some(sums) = previous_sums.replace(sums) {
@@ -124,7 +126,12 @@ fn split(weights: &[[f32; CHUNK]], parts: &mut [[[bf16; CHUNK]; PARTS]]) {
 
 /// Pairs the values of neighbouring positions; the first value's is `first_lane`.
 #[inline(always)]
-fn interleave(values: &Values<'_>, first_lane: usize, panels: &mut [[HalfPairs; 2]]) {
+fn interleave(
+    values: &Values<'_>,
+    first_lane: usize,
+    panels: &mut [[HalfPairs; 2]],
+    mut meanwhile: impl FnMut(),
+) {
     // What lies in other lanes weighs nothing, but might not be finite.
     const NOTHING: &[bf16] = &[bf16::ZERO; MAX_HEAD_DIM];
     let value = |lane: usize| match lane.checked_sub(first_lane) {
@@ -132,6 +139,7 @@ fn interleave(values: &Values<'_>, first_lane: usize, panels: &mut [[HalfPairs; 
         _ => NOTHING,
     };
     for pair in 0..CHUNK / PAIR {
+        meanwhile();
         let [even, odd] = [value(PAIR * pair), value(PAIR * pair + 1)];
         let features = even.as_chunks::<LANE_ROWS>().0.iter().zip(odd.as_chunks::<LANE_ROWS>().0);
         for (half, (even, odd)) in panels.as_flattened_mut().iter_mut().zip(features) {
@@ -177,9 +185,9 @@ mod tests {
     impl Kernel for Chunk<'_> {
         fn run<S: Simd>(self, simd: S) {
             let tiles = tiles(simd, HEAD_DIM, self.queries.len()).expect("an instruction set with tiles");
-            Panels::score(&tiles, self.keys, self.queries, self.scores);
+            Panels::score(&tiles, self.keys, self.queries, self.scores, || ());
             let mut panels = Panels::new();
-            panels.add_values(&tiles, &self.weights, FIRST_LANE, self.values, HEAD_DIM, self.softmax);
+            panels.add_values(&tiles, &self.weights, FIRST_LANE, self.values, self.softmax, || ());
         }
     }
 

@@ -109,7 +109,7 @@ impl Softmax {
     }
 
     /// Multiplies a chunk's scores by `factor` and turns them into weights, zeros in the lanes that a query does not
-    /// see.
+    /// see. `meanwhile` is called twice per query.
     #[inline(always)]
     pub(super) fn take_weights<'a, S: Simd>(
         &mut self,
@@ -117,9 +117,11 @@ impl Softmax {
         scores: &'a mut [[f32; CHUNK]],
         factor: f32,
         lanes: impl Fn(usize) -> Range<usize>,
+        mut meanwhile: impl FnMut(),
     ) -> Weights<'a> {
         let mut scales = [0.0; QUERIES];
         for (query, scores) in scores.iter_mut().enumerate() {
+            meanwhile();
             map_lanes(scores, lanes(query), f32::NEG_INFINITY, |score| score * factor);
             let (before, max) = (self.max[query], simd.largest(scores));
             self.max[query] = if max > before { max } else { before };
@@ -127,6 +129,7 @@ impl Softmax {
         }
         scales.iter_mut().for_each(|scale| *scale = exp(*scale));
         for (query, weights) in scores.iter_mut().enumerate() {
+            meanwhile();
             let max = self.max[query];
             map_lanes(weights, lanes(query), 0.0, |score| exp(score - max));
             self.sum[query] = self.sum[query] * scales[query] + simd.sum(weights);

@@ -261,11 +261,13 @@ impl Tiles for Amx {
         &self,
         weights: impl Iterator<Item = [&'a HalfPairs; 2]>,
         x: &[X],
+        mut meanwhile: impl FnMut(),
         out: &mut [[f32; 2 * LANE_ROWS]],
     ) {
         assert!(self.purpose == TileUse::Pairs && out.len() >= self.num_tokens);
         self.zero_sums::<0>();
         for (group, [lower, upper]) in weights.enumerate() {
+            meanwhile();
             self.load_pairs::<6>(lower);
             self.load_pairs::<7>(upper);
             for part in group * PARTS..(group + 1) * PARTS {

@@ -70,7 +70,7 @@ pub(crate) trait Tiles {
     );
 
     /// Writes to `out[t]` what [`Tiles::add_pairs`] would add to zeros, of weights whose halves lie apart and each meet
-    /// the next `PARTS` blocks of `x[t]`, one after another.
+    /// the next `PARTS` blocks of `x[t]`, one after another. Before each weights `meanwhile` is called.
     ///
     /// # Panics
     /// As [`Tiles::add_pairs`].
@@ -78,6 +78,7 @@ pub(crate) trait Tiles {
         &self,
         weights: impl Iterator<Item = [&'a HalfPairs; 2]>,
         x: &[X],
+        meanwhile: impl FnMut(),
         out: &mut [[f32; 2 * LANE_ROWS]],
     );
 
@@ -121,6 +122,7 @@ impl Tiles for NoTiles {
         &self,
         _: impl Iterator<Item = [&'a HalfPairs; 2]>,
         _: &[X],
+        _: impl FnMut(),
         _: &mut [[f32; 2 * LANE_ROWS]],
     ) {
         match *self {}
