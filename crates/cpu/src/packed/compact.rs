@@ -16,8 +16,8 @@
 //!
 //! All four codes of a place come from the same place of three lines, so this is one loop for all instruction sets.
 //!
-//! A matrix with many strays stays as it is. Codes of a length of their own, which would take 11 bits, are not here: they
-//! must be decoded one after the other.
+//! A matrix with many strays stays as it is. Codes of a length of their own, which would take 11 bits, are not here:
+//! they must be decoded one after the other.
 
 use std::iter::zip;
 use std::ops::Range;

@@ -70,7 +70,7 @@ pub(crate) trait Tiles {
     );
 
     /// Writes to `out[t]` what [`Tiles::add_pairs`] would add to zeros, of weights whose halves lie apart and each meet
-    /// the next `PARTS` blocks of `x[t]`, one after another. Before each weights `meanwhile` is called.
+    /// the next `PARTS` blocks of `x[t]`, one after another. Before every block of weights `meanwhile` is called.
     ///
     /// # Panics
     /// As [`Tiles::add_pairs`].
