@@ -37,11 +37,14 @@ def is_right(url: str, example: dict) -> bool:
         "max_tokens": example["max_tokens"],
         "temperature": 0,
     }
-    headers = {"Content-Type": "application/json"}
-    request = Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
-    with urlopen(request, timeout=TIMEOUT_S) as response:
-        text = json.load(response)["choices"][0]["text"]
+    text = post(f"{url}/v1/completions", body)["choices"][0]["text"]
     return text.strip() == example["expected"].strip()
+
+
+def post(url: str, body: dict) -> dict:
+    request = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urlopen(request, timeout=TIMEOUT_S) as response:
+        return json.load(response)
 
 
 def in_all(counts: dict[str, tuple[int, int]]) -> tuple[int, int]:

@@ -13,7 +13,6 @@ format and the other the file that it was made of.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import statistics
@@ -21,13 +20,13 @@ import sys
 from collections.abc import Iterable
 from itertools import count
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+
+from exact_answers import post
 
 PROMPTS, MAX_TOKENS, TOP = 64, 200, 20
 # Of every vocabulary: behind control tokens and bytes.
 FIRST_TOKEN, TOKENS, START = 300, 2000, 1
 VOCABULARY = 32_000
-TIMEOUT_S = 600
 
 Scores = dict[int, float]
 
@@ -81,12 +80,6 @@ def score_windrose(url: str, prompt: list[int]) -> Scores:
     scores = {int(token): entry["logprob"] for token, entry in choice["prompt_logprobs"][-1].items()}
     scores.pop(START)
     return scores
-
-
-def post(url: str, body: dict) -> dict:
-    request = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urlopen(request, timeout=TIMEOUT_S) as response:
-        return json.load(response)
 
 
 if __name__ == "__main__":

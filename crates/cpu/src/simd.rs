@@ -52,6 +52,8 @@ use crate::numbers;
 
 /// Rows of weights whose sums advance together, one per lane.
 pub(crate) const LANE_ROWS: usize = 16;
+/// Bytes of a cache line.
+pub(crate) const CACHE_LINE: usize = 64;
 /// Columns of a pair.
 pub(crate) const PAIR: usize = 2;
 /// Columns of a quad.

@@ -6,7 +6,7 @@ use super::CHUNK;
 use super::scores::KeyLanes;
 use super::softmax::Values;
 use crate::kv::{KvCache, KvStorage, MAX_HEAD_DIM, RowPairsQ8, key_place};
-use crate::simd::{LANE_ROWS, PAIR, RowPairs, Simd};
+use crate::simd::{CACHE_LINE, LANE_ROWS, PAIR, RowPairs, Simd};
 
 /// Where 16 keys are widened to bf16 or put side by side, if they must be.
 pub(super) type KeyScratch = [RowPairs; MAX_HEAD_DIM / PAIR];
@@ -115,8 +115,7 @@ impl CachedHead for Bf16Head<'_> {
 
     #[inline(always)]
     fn prefetch<S: Simd>(&self, simd: S, slot: usize, head_dim: usize) {
-        prefetch(simd, self.keys.as_flattened().as_flattened(), slot, head_dim);
-        prefetch(simd, self.values, slot, head_dim);
+        prefetch(simd, [self.keys.as_flattened().as_flattened(), self.values], slot, head_dim);
     }
 }
 
@@ -168,8 +167,7 @@ impl CachedHead for Q8Head<'_> {
 
     #[inline(always)]
     fn prefetch<S: Simd>(&self, simd: S, slot: usize, head_dim: usize) {
-        prefetch(simd, self.keys.as_flattened().as_flattened(), slot, head_dim);
-        prefetch(simd, self.values, slot, head_dim);
+        prefetch(simd, [self.keys.as_flattened().as_flattened(), self.values], slot, head_dim);
     }
 
     #[inline(always)]
@@ -199,14 +197,15 @@ pub(super) fn scale(
     }
 }
 
-/// Asks for a slot's part of a plane. Keys that lie side by side are as long together as their slots' values, so each slot
+/// Asks for a slot's part of keys and values. Keys that lie side by side are as long together as their slots' values, so each slot
 /// answers for as many of their cache lines.
 #[inline(always)]
-fn prefetch<S: Simd, T>(simd: S, plane: &[T], slot: usize, head_dim: usize) {
-    const LINE_BYTES: usize = 64;
-    let part = &plane[slot * head_dim..][..head_dim];
-    for line in part.chunks(LINE_BYTES / size_of::<T>()) {
-        simd.prefetch(&line[0]);
+fn prefetch<S: Simd, T>(simd: S, planes: [&[T]; 2], slot: usize, head_dim: usize) {
+    for plane in planes {
+        let part = &plane[slot * head_dim..][..head_dim];
+        for line in part.chunks(CACHE_LINE / size_of::<T>()) {
+            simd.prefetch(&line[0]);
+        }
     }
 }
 

@@ -147,12 +147,12 @@ impl Blocks for CompactPanels {
         room: &'a mut Self::Room,
         mut meanwhile: impl FnMut(),
     ) -> &'a [Bf16Block] {
-        let blocks = &self.blocks[panel * self.num_groups..][..self.num_groups];
+        let blocks: &[CompactBlock] = bytemuck::cast_slice(self.stored(panel, groups.clone()));
         let panel = &self.panels[panel];
         let room = &mut room[..groups.len()];
-        for (group, room) in zip(groups, &mut *room) {
+        for (group, (block, room)) in zip(groups, zip(blocks, &mut *room)) {
             meanwhile();
-            blocks[group].expand(panel.window, room);
+            block.expand(panel.window, room);
             put_back(panel.strays_of(group), room);
         }
         room

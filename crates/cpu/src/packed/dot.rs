@@ -21,7 +21,7 @@ use bytemuck::Zeroable;
 
 use super::PANEL_ROWS;
 use super::block::Block;
-use crate::simd::{Simd, TILE_TOKENS, TileUse};
+use crate::simd::{CACHE_LINE, Simd, TILE_TOKENS, TileUse};
 
 /// Most tokens that are worth no order but that of the weights in memory.
 const STREAMED_TOKENS: usize = 4;
@@ -29,8 +29,6 @@ const STREAMED_TOKENS: usize = 4;
 const STREAMED_AHEAD: usize = 4 << 10;
 /// Most tokens of a tile on any instruction set.
 const MAX_TILE_TOKENS: usize = 8;
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 /// Where rows of activations go: along the blocks of a span of a panel, from row `first` on.
 #[derive(Clone, Copy)]
@@ -190,7 +188,7 @@ fn walk_all<S: Simd, B: Block, X: Tokens<B>>(
 /// now would have to wait.
 #[inline(always)]
 fn prefetch<S: Simd>(simd: S, bytes: &[u8], num_calls: usize) -> impl FnMut() {
-    let mut lines = bytes.chunks(LINE);
+    let mut lines = bytes.chunks(CACHE_LINE);
     let lines_per_call = lines.len().div_ceil(num_calls.max(1));
     move || lines.by_ref().take(lines_per_call).for_each(|line| simd.prefetch(&line[0]))
 }
