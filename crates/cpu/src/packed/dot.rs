@@ -36,6 +36,10 @@ pub(super) struct Way<'a, B> {
     blocks: &'a [B],
     span: usize,
     first: usize,
+    /// Whether the sums are to be taken from where they are, and put back there: all spans in between leave them on the
+    /// matrix unit, if there is one.
+    is_start: bool,
+    is_end: bool,
 }
 
 /// Rows of activations in the form that blocks of type `B` multiply.
@@ -139,7 +143,9 @@ pub(super) trait Blocks {
                         let next = self.stored(panel, groups(span + spans_ahead));
                         let mut prefetch = prefetch(simd, next, X::SPAN_BLOCKS * num_passes);
                         let blocks = self.blocks(panel, groups(span), &mut room, &mut prefetch);
-                        let way = Way { blocks, span, first: rows.start };
+                        let is_start = !streamed || span == 0;
+                        let is_end = !streamed || span + 1 == num_spans;
+                        let way = Way { blocks, span, first: rows.start, is_start, is_end };
                         walk_all(simd, tiles.as_ref(), x, way, prefetch, sums);
                     }
                 }

@@ -14,6 +14,8 @@ use super::{LANE_ROWS, QuadBytes};
 
 /// Bytes of a row of weights or sums.
 const ROW_BYTES: usize = 64;
+/// Bytes of a token's sums with both halves of a panel.
+const SUMS_BYTES: usize = 2 * ROW_BYTES;
 /// Bytes of a token's 32 columns: of bf16, and quantised.
 const PAIRS_BYTES: usize = 64;
 const QUADS_BYTES: usize = 32;
@@ -213,27 +215,28 @@ macro_rules! multiply {
 
 impl Tiles for Amx {
     #[inline(always)]
+    fn take_sums<const TILES: usize>(&self, sums: &[[f32; 2 * LANE_ROWS]], firsts: [usize; TILES]) {
+        const { assert!(TILES == 1 || TILES == 2) };
+        let rows = |first: usize| sums[first..][..self.num_tokens].as_ptr().cast();
+        // SAFETY: rows of two halves, as many as the tile has.
+        unsafe {
+            self.load_sums::<0>(rows(firsts[0]), SUMS_BYTES);
+            if TILES == 2 {
+                self.load_sums::<1>(rows(firsts[1 % TILES]), SUMS_BYTES);
+            }
+        }
+    }
+
+    #[inline(always)]
     fn add_pairs<'a, X, const TILES: usize>(
         &self,
         weights: impl Iterator<Item = &'a PanelPairs>,
         x: &[X],
         firsts: [usize; TILES],
         mut meanwhile: impl FnMut(),
-        sums: &mut [[f32; 2 * LANE_ROWS]],
     ) {
         const { assert!(TILES == 1 || TILES == 2) };
-        const STRIDE: usize = 2 * LANE_ROWS * size_of::<f32>();
         assert!(self.purpose == TileUse::Pairs);
-        let last = firsts[TILES - 1];
-        assert!(firsts.into_iter().all(|first| first + self.num_tokens <= sums.len()));
-        let sums: *mut u8 = sums.as_mut_ptr().cast();
-        // SAFETY: `num_tokens` rows of two halves from each of `firsts` on, by the assertion above.
-        unsafe {
-            self.load_sums::<0>(sums.add(firsts[0] * STRIDE), STRIDE);
-            if TILES == 2 {
-                self.load_sums::<1>(sums.add(last * STRIDE), STRIDE);
-            }
-        }
         for (group, weights) in weights.enumerate() {
             meanwhile();
             self.load_tokens::<4, X>(&x[firsts[0]..], group * PAIRS_BYTES, PAIRS_BYTES);
@@ -242,16 +245,22 @@ impl Tiles for Amx {
             self.load_pairs::<7>(&weights[1]);
             multiply!("tdpbf16ps", 1, 4, 7);
             if TILES == 2 {
-                self.load_tokens::<5, X>(&x[last..], group * PAIRS_BYTES, PAIRS_BYTES);
+                self.load_tokens::<5, X>(&x[firsts[1 % TILES]..], group * PAIRS_BYTES, PAIRS_BYTES);
                 multiply!("tdpbf16ps", 2, 5, 6);
                 multiply!("tdpbf16ps", 3, 5, 7);
             }
         }
-        // SAFETY: as for the loads.
+    }
+
+    #[inline(always)]
+    fn put_sums<const TILES: usize>(&self, sums: &mut [[f32; 2 * LANE_ROWS]], firsts: [usize; TILES]) {
+        const { assert!(TILES == 1 || TILES == 2) };
+        let mut rows = |first: usize| sums[first..][..self.num_tokens].as_mut_ptr().cast();
+        // SAFETY: rows of two halves, as many as the tile has.
         unsafe {
-            self.store_sums::<0>(sums.add(firsts[0] * STRIDE), STRIDE);
+            self.store_sums::<0>(rows(firsts[0]), SUMS_BYTES);
             if TILES == 2 {
-                self.store_sums::<1>(sums.add(last * STRIDE), STRIDE);
+                self.store_sums::<1>(rows(firsts[1 % TILES]), SUMS_BYTES);
             }
         }
     }
@@ -277,7 +286,7 @@ impl Tiles for Amx {
             }
         }
         // SAFETY: rows of two halves, as many as the tile has.
-        unsafe { self.store_sums::<0>(out.as_mut_ptr().cast(), 2 * LANE_ROWS * size_of::<f32>()) };
+        unsafe { self.store_sums::<0>(out.as_mut_ptr().cast(), SUMS_BYTES) };
     }
 
     #[inline(always)]

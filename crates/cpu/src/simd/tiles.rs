@@ -50,8 +50,14 @@ pub(crate) enum TileUse {
 
 /// The tiles of one thread's matrix unit, shaped for a number of tokens; free again when dropped.
 pub(crate) trait Tiles {
-    /// Adds to `sums[t]`, for [`Tiles::num_tokens`] tokens from each of `firsts` on, their products with both halves
-    /// of a panel along some blocks of 32 columns. Places of tokens that both tiles have are computed twice, alike.
+    /// Takes `sums[t]` of [`Tiles::num_tokens`] tokens from each of `firsts` on, for [`Tiles::add_pairs`].
+    ///
+    /// # Panics
+    /// If `sums` end before the tokens do.
+    fn take_sums<const TILES: usize>(&self, sums: &[[f32; 2 * LANE_ROWS]], firsts: [usize; TILES]);
+
+    /// Adds to the sums that were taken the tokens' products with both halves of a panel along some blocks of 32
+    /// columns. Places of tokens that both tiles have are computed twice, alike.
     ///
     /// Of each block the products of even columns and those of odd ones are summed from zero in ascending order, and
     /// then the sum of both is added; every operation rounds once, and subnormal numbers are zero.
@@ -59,15 +65,20 @@ pub(crate) trait Tiles {
     /// `x[t]` holds the token's columns, 64 bytes of each block. Before every block `meanwhile` is called.
     ///
     /// # Panics
-    /// If the tiles have another use, or `x` or `sums` end before the tokens do.
+    /// If the tiles have another use, or `x` ends before the tokens do.
     fn add_pairs<'a, X, const TILES: usize>(
         &self,
         weights: impl Iterator<Item = &'a PanelPairs>,
         x: &[X],
         firsts: [usize; TILES],
         meanwhile: impl FnMut(),
-        sums: &mut [[f32; 2 * LANE_ROWS]],
     );
+
+    /// Puts the sums that were taken back.
+    ///
+    /// # Panics
+    /// As [`Tiles::take_sums`].
+    fn put_sums<const TILES: usize>(&self, sums: &mut [[f32; 2 * LANE_ROWS]], firsts: [usize; TILES]);
 
     /// Writes to `out[t]` what [`Tiles::add_pairs`] would add to zeros, of weights whose halves lie apart and each meet
     /// the next `PARTS` blocks of `x[t]`, one after another. Before every block of weights `meanwhile` is called.
@@ -107,14 +118,21 @@ pub(crate) trait Tiles {
 pub(crate) enum NoTiles {}
 
 impl Tiles for NoTiles {
+    fn take_sums<const TILES: usize>(&self, _: &[[f32; 2 * LANE_ROWS]], _: [usize; TILES]) {
+        match *self {}
+    }
+
     fn add_pairs<'a, X, const TILES: usize>(
         &self,
         _: impl Iterator<Item = &'a PanelPairs>,
         _: &[X],
         _: [usize; TILES],
         _: impl FnMut(),
-        _: &mut [[f32; 2 * LANE_ROWS]],
     ) {
+        match *self {}
+    }
+
+    fn put_sums<const TILES: usize>(&self, _: &mut [[f32; 2 * LANE_ROWS]], _: [usize; TILES]) {
         match *self {}
     }
 

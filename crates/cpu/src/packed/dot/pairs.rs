@@ -30,23 +30,22 @@ impl Tokens<Bf16Block> for Bf16Rows<'_> {
         self,
         _: S,
         tiles: &S::Tiles,
-        Way { blocks, span, first }: Way<'_, Bf16Block>,
+        way: Way<'_, Bf16Block>,
         mut meanwhile: impl FnMut(),
         sums: &mut [[f32; PANEL_ROWS]],
     ) {
-        assert!(blocks.len() <= BF16_SPAN_BLOCKS);
+        assert!(way.blocks.len() <= BF16_SPAN_BLOCKS);
         let num_tokens = sums.len();
-        let x = &self.span(span)[first..][..num_tokens];
+        let x = &self.span(way.span)[way.first..][..num_tokens];
         // Two tiles of tokens share what is loaded of the weights. Parts of about the same size: only a part of all
         // tokens can be too small for two tiles, which may overlap.
         let num_parts = num_tokens.div_ceil(Self::WALKED_TOKENS);
         for part in 0..num_parts {
             let [start, end] = [part, part + 1].map(|part| part * num_tokens / num_parts);
-            let weights = blocks.iter().map(|block| &block.halves);
             if end - start <= tiles.num_tokens() {
-                tiles.add_pairs(weights, x, [start], &mut meanwhile, sums);
+                walk_part(tiles, way, x, [start], &mut meanwhile, sums);
             } else {
-                tiles.add_pairs(weights, x, [start, end - tiles.num_tokens()], &mut meanwhile, sums);
+                walk_part(tiles, way, x, [start, end - tiles.num_tokens()], &mut meanwhile, sums);
             }
         }
     }
@@ -57,7 +56,7 @@ impl Tokens<Bf16Block> for Bf16Rows<'_> {
     fn walk<S: Simd, const T: usize>(
         self,
         simd: S,
-        Way { blocks, span, first }: Way<'_, Bf16Block>,
+        Way { blocks, span, first, .. }: Way<'_, Bf16Block>,
         mut meanwhile: impl FnMut(),
         sums: &mut [[f32; PANEL_ROWS]; T],
     ) {
@@ -81,5 +80,24 @@ impl Tokens<Bf16Block> for Bf16Rows<'_> {
                 simd.add_scaled(out, partial[t][half], 1.0);
             }
         }
+    }
+}
+
+/// Walks the tokens of one tile or two.
+#[inline(always)]
+fn walk_part<T: Tiles, X, const TILES: usize>(
+    tiles: &T,
+    way: Way<'_, Bf16Block>,
+    x: &[X],
+    firsts: [usize; TILES],
+    meanwhile: impl FnMut(),
+    sums: &mut [[f32; PANEL_ROWS]],
+) {
+    if way.is_start {
+        tiles.take_sums(sums, firsts);
+    }
+    tiles.add_pairs(way.blocks.iter().map(|block| &block.halves), x, firsts, meanwhile);
+    if way.is_end {
+        tiles.put_sums(sums, firsts);
     }
 }

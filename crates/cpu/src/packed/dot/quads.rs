@@ -31,7 +31,7 @@ impl<B: QuantisedBlock> Tokens<B> for QuantisedRows<'_> {
         self,
         simd: S,
         tiles: &S::Tiles,
-        Way { blocks, span, first }: Way<'_, B>,
+        Way { blocks, span, first, .. }: Way<'_, B>,
         meanwhile: impl FnMut(),
         sums: &mut [[f32; PANEL_ROWS]],
     ) {
@@ -52,7 +52,7 @@ impl<B: QuantisedBlock> Tokens<B> for QuantisedRows<'_> {
     fn walk<S: Simd, const T: usize>(
         self,
         simd: S,
-        Way { blocks, span, first }: Way<'_, B>,
+        Way { blocks, span, first, .. }: Way<'_, B>,
         mut meanwhile: impl FnMut(),
         sums: &mut [[f32; PANEL_ROWS]; T],
     ) {
