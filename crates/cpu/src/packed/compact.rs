@@ -2,9 +2,10 @@
 //!
 //! The exponents of a panel's weights are few: sixteen neighbours, a *window*, cover weights of any size between the
 //! largest and its 32768th. So a weight is kept as its sign, the place of its exponent in its panel's window, and its
-//! mantissa. The few that lie outside of the window, *strays*, are kept beside the blocks, and put where they belong
-//! whenever their block is expanded to bf16. Nothing is rounded. That a product reads three quarters of the bytes
-//! pays wherever memory is what it waits for, and a model takes three quarters of the room.
+//! mantissa. The few that lie outside of the window, *strays*, are kept in the *margin* of their span, the line before
+//! its blocks, and put where they belong whenever their block is expanded to bf16. Nothing is rounded. That a product
+//! reads three quarters of the bytes pays wherever memory is what it waits for, and a model takes three quarters of the
+//! room.
 //!
 //! ```text
 //! bf16          s eeeeeeee mmmmmmm
@@ -12,6 +13,8 @@
 //!
 //! four lines of a block     line 0    line 1    line 2    line 3: abcd, four bits each
 //! in the room of three      code a.   code b.   code c.           a, b, c follow the codes of the others
+//!
+//! a panel       margin │ 8 blocks │ margin │ 8 blocks │ ...       in the order in which memory is read
 //! ```
 //!
 //! All four codes of a place come from the same place of three lines, so this is one loop for all instruction sets.
@@ -31,14 +34,18 @@ use super::{GROUP, PANEL_ROWS, pack_panel};
 use crate::grid::{Grid, Tile};
 use crate::isa::{Isa, Kernel};
 use crate::operand::BF16_SPAN_BLOCKS;
-use crate::simd::{LANE_ROWS, PAIR, Simd};
+use crate::simd::{CACHE_LINE, LANE_ROWS, PAIR, Simd};
 use crate::team::Team;
 use crate::tensor::Buffer;
 
+/// Blocks of a span.
+const SPAN: usize = BF16_SPAN_BLOCKS;
 /// Weights of a line, 64 bytes in bf16.
 const LINE: usize = LANE_ROWS * PAIR;
 /// Groups of four lines of a block.
 const QUARTETS: usize = PANEL_ROWS * GROUP / (4 * LINE);
+/// Strays that fit into a margin.
+const MARGIN_STRAYS: usize = 11;
 /// Exponents of a window.
 const WINDOW: u16 = 16;
 /// Bits of a mantissa, below the exponent.
@@ -67,31 +74,50 @@ unsafe impl Zeroable for CompactBlock {}
 // SAFETY: `repr(C)` arrays of numbers for which any bits are a value; the size above leaves no room for padding.
 unsafe impl Pod for CompactBlock {}
 
-/// A bf16 matrix in compact blocks.
-pub(crate) struct CompactPanels {
-    num_groups: usize,
-    /// `[panel][group]`
-    blocks: Buffer<CompactBlock>,
-    panels: Vec<Panel>,
-}
-
-/// What a panel's codes need to become weights.
-#[derive(Clone, Default)]
-struct Panel {
-    /// The first exponent of its window, where bf16 has its exponent.
+/// What the blocks of a span need to become weights.
+#[derive(Clone, Copy, Default, Zeroable, Pod)]
+#[repr(C, align(64))]
+struct Margin {
+    /// The first exponent of the window, where bf16 has its exponent.
     window: u16,
-    /// By group, and in a group by place.
-    strays: Vec<Stray>,
-    /// The end of each group's strays.
-    ends: Vec<u32>,
+    /// The end of each block's strays.
+    ends: [u16; SPAN],
+    /// Which crowd of the panel has the span's strays, if they are too many for a margin.
+    crowd: u16,
+    /// By block, and in a block by place.
+    strays: [Stray; MARGIN_STRAYS],
 }
 
-/// A weight whose exponent its panel's window does not have.
-#[derive(Clone, Copy)]
+/// A weight whose exponent the window does not have.
+#[derive(Clone, Copy, Default, Zeroable, Pod)]
+#[repr(C)]
 struct Stray {
     /// Its place in the block.
     place: u16,
     bits: u16,
+}
+
+/// A bf16 matrix in compact blocks.
+pub(crate) struct CompactPanels {
+    num_groups: usize,
+    /// Of each panel its spans: a [`Margin`], and blocks.
+    lines: Buffer<CacheLine>,
+    /// Of each panel its crowds.
+    crowds: Vec<Crowds>,
+}
+
+/// The strays of spans that have too many of them for a margin.
+type Crowds = Vec<Vec<Stray>>;
+
+/// A part of a [`Margin`] or of a block.
+#[derive(Clone, Copy, Zeroable, Pod)]
+#[repr(C, align(64))]
+struct CacheLine([u8; CACHE_LINE]);
+
+/// The line of a panel with which the blocks from a group on begin, or their margin if these are the first of a span.
+#[inline(always)]
+fn line_of(group: usize) -> usize {
+    group * (size_of::<CompactBlock>() / CACHE_LINE) + group.div_ceil(SPAN)
 }
 
 impl CompactPanels {
@@ -107,20 +133,28 @@ impl CompactPanels {
         let num_rows: usize = views.iter().map(|view| view.rows).sum();
         let (cols, num_panels) = (views[0].cols, num_rows.div_ceil(PANEL_ROWS));
         let num_groups = cols.div_ceil(GROUP);
-        let mut blocks = Buffer::<CompactBlock>::zeroed("a weight matrix", num_panels * num_groups)?;
-        blocks.prefer_huge_pages();
-        let mut panels = vec![Panel::default(); num_panels];
-        let tiles = (Grid::row_bands(&mut blocks, num_groups, 1), Grid::row_bands(&mut panels, 1, 1));
-        team.for_each(tiles, |(blocks, panels)| isa.run(Compress { views, num_rows, blocks, panels }));
-        let num_strays: usize = panels.iter().map(|panel| panel.strays.len()).sum();
-        let is_worth_it = num_strays * WEIGHTS_PER_STRAY <= num_rows * cols;
-        Ok(is_worth_it.then_some(Self { num_groups, blocks, panels }))
+        let num_lines = line_of(num_groups);
+        let mut lines = Buffer::<CacheLine>::zeroed("a weight matrix", num_panels * num_lines)?;
+        lines.prefer_huge_pages();
+        let mut crowds = vec![Crowds::new(); num_panels];
+        let tiles = (Grid::row_bands(&mut lines, num_lines, 1), Grid::row_bands(&mut crowds, 1, 1));
+        team.for_each(tiles, |(lines, crowds)| isa.run(Compress { views, num_rows, lines, crowds }));
+        let num_crowded: usize = crowds.iter().flatten().map(Vec::len).sum();
+        let is_worth_it = num_crowded * WEIGHTS_PER_STRAY <= num_rows * cols;
+        Ok(is_worth_it.then_some(Self { num_groups, lines, crowds }))
     }
 
     /// Bytes that it takes.
     pub(super) fn num_bytes(&self) -> usize {
-        let beside = |panel: &Panel| size_of_val(&panel.strays[..]) + size_of_val(&panel.ends[..]);
-        size_of_val(&self.blocks[..]) + self.panels.iter().map(beside).sum::<usize>()
+        let crowds = self.crowds.iter().flatten().map(|crowd| size_of_val(&crowd[..]));
+        size_of_val(&self.lines[..]) + crowds.sum::<usize>()
+    }
+
+    /// The lines of a panel.
+    #[inline(always)]
+    fn panel(&self, panel: usize) -> &[CacheLine] {
+        let num_lines = line_of(self.num_groups);
+        &self.lines[panel * num_lines..][..num_lines]
     }
 }
 
@@ -136,7 +170,7 @@ impl Blocks for CompactPanels {
 
     #[inline(always)]
     fn stored(&self, panel: usize, groups: Range<usize>) -> &[u8] {
-        bytemuck::cast_slice(&self.blocks[panel * self.num_groups..][..self.num_groups][groups])
+        bytemuck::cast_slice(&self.panel(panel)[line_of(groups.start)..line_of(groups.end)])
     }
 
     #[inline(always)]
@@ -147,16 +181,27 @@ impl Blocks for CompactPanels {
         room: &'a mut Self::Room,
         mut meanwhile: impl FnMut(),
     ) -> &'a [Bf16Block] {
-        let blocks: &[CompactBlock] = bytemuck::cast_slice(self.stored(panel, groups.clone()));
-        let panel = &self.panels[panel];
-        let room = &mut room[..groups.len()];
-        for (group, (block, room)) in zip(groups, zip(blocks, &mut *room)) {
+        let (lines, room) = (self.panel(panel), &mut room[..groups.len()]);
+        let span = groups.start / SPAN * SPAN;
+        let (margin, blocks) = split_span(&lines[line_of(span)..line_of(groups.end)]);
+        let strays = match usize::from(margin.ends[SPAN - 1]) {
+            ..=MARGIN_STRAYS => &margin.strays[..],
+            _ => &self.crowds[panel][usize::from(margin.crowd)],
+        };
+        for (index, (block, room)) in zip(&blocks[groups.start - span..], &mut *room).enumerate() {
             meanwhile();
-            block.expand(panel.window, room);
-            put_back(panel.strays_of(group), room);
+            block.expand(margin.window, room);
+            put_back(&strays[margin.range(groups.start - span + index)], room);
         }
         room
     }
+}
+
+/// The parts of a span.
+#[inline(always)]
+fn split_span(lines: &[CacheLine]) -> (&Margin, &[CompactBlock]) {
+    let (margin, blocks) = lines.split_first().expect("a margin");
+    (bytemuck::cast_ref(margin), bytemuck::cast_slice(blocks))
 }
 
 impl CompactBlock {
@@ -198,42 +243,58 @@ fn put_back(strays: &[Stray], block: &mut Bf16Block) {
     }
 }
 
-impl Panel {
-    /// The strays of a group.
+impl Margin {
+    /// Where the strays of a block are among those of the span.
     #[inline(always)]
-    fn strays_of(&self, group: usize) -> &[Stray] {
-        let start = if group == 0 { 0 } else { self.ends[group - 1] };
-        &self.strays[start as usize..self.ends[group] as usize]
+    fn range(&self, block: usize) -> Range<usize> {
+        let start = if block == 0 { 0 } else { self.ends[block - 1] };
+        start.into()..self.ends[block].into()
     }
+}
 
-    /// Makes codes of a panel's blocks, whose rows and columns beyond `shape` are no weights.
-    #[inline(always)]
-    fn compress(&mut self, plain: &[Bf16Block], [rows, cols]: [usize; 2], out: &mut [CompactBlock]) {
-        self.window = best_window(plain) << MANTISSA;
-        for (group, (plain, out)) in zip(plain, out).enumerate() {
-            out.compress(self.window, plain);
-            self.find_strays(plain, [rows, cols - group * GROUP]);
-            self.ends.push(self.strays.len() as u32);
+/// Makes a span of blocks, whose rows and columns beyond `shape` are no weights.
+#[inline(always)]
+fn compress(
+    window: u16,
+    plain: &[Bf16Block],
+    [rows, cols]: [usize; 2],
+    lines: &mut [CacheLine],
+    crowds: &mut Crowds,
+) {
+    let mut margin = Margin { window, ..Margin::default() };
+    let mut strays = Vec::new();
+    let (first, lines) = lines.split_first_mut().expect("a margin");
+    let blocks: &mut [CompactBlock] = bytemuck::cast_slice_mut(lines);
+    for (index, (plain, block)) in zip(plain, blocks).enumerate() {
+        block.compress(window, plain);
+        find_strays(window, plain, [rows, cols - index * GROUP], &mut strays);
+        margin.ends[index..].fill(strays.len() as u16);
+    }
+    if strays.len() <= MARGIN_STRAYS {
+        margin.strays[..strays.len()].copy_from_slice(&strays);
+    } else {
+        margin.crowd = crowds.len() as u16;
+        crowds.push(strays);
+    }
+    *first = bytemuck::cast(margin);
+}
+
+/// Notes the strays of a block of which so many rows and columns are weights.
+#[inline(always)]
+fn find_strays(window: u16, block: &Bf16Block, [rows, cols]: [usize; 2], strays: &mut Vec<Stray>) {
+    let lines: &[Line; 4 * QUARTETS] = bytemuck::cast_ref(block);
+    let is_stray = |bits: u16| (bits.wrapping_sub(window) >> MANTISSA) & EXPONENT >= WINDOW;
+    for (index, line) in lines.iter().enumerate() {
+        // Most lines have none, which vectors tell without a look at each weight.
+        if !line.iter().fold(false, |any, &bits| any | is_stray(bits)) {
+            continue;
         }
-    }
-
-    /// Notes the strays of a block of which so many rows and columns are weights.
-    #[inline(always)]
-    fn find_strays(&mut self, block: &Bf16Block, [rows, cols]: [usize; 2]) {
-        let lines: &[Line; 4 * QUARTETS] = bytemuck::cast_ref(block);
-        let is_stray = |bits: u16| (bits.wrapping_sub(self.window) >> MANTISSA) & EXPONENT >= WINDOW;
-        for (index, line) in lines.iter().enumerate() {
-            // Most lines have none, which vectors tell without a look at each weight.
-            if !line.iter().fold(false, |any, &bits| any | is_stray(bits)) {
-                continue;
-            }
-            for (lane, &bits) in line.iter().enumerate() {
-                let place = index * LINE + lane;
-                let row = index / (GROUP / PAIR) * LANE_ROWS + lane / PAIR;
-                let col = index % (GROUP / PAIR) * PAIR + lane % PAIR;
-                if is_stray(bits) && row < rows && col < cols {
-                    self.strays.push(Stray { place: place as u16, bits });
-                }
+        for (lane, &bits) in line.iter().enumerate() {
+            let place = index * LINE + lane;
+            let row = index / (GROUP / PAIR) * LANE_ROWS + lane / PAIR;
+            let col = index % (GROUP / PAIR) * PAIR + lane % PAIR;
+            if is_stray(bits) && row < rows && col < cols {
+                strays.push(Stray { place: place as u16, bits });
             }
         }
     }
@@ -256,8 +317,8 @@ fn best_window(blocks: &[Bf16Block]) -> u16 {
 struct Compress<'a> {
     views: &'a [WeightView],
     num_rows: usize,
-    blocks: Tile<'a, CompactBlock>,
-    panels: Tile<'a, Panel>,
+    lines: Tile<'a, CacheLine>,
+    crowds: Tile<'a, Crowds>,
 }
 
 impl Kernel for Compress<'_> {
@@ -265,11 +326,16 @@ impl Kernel for Compress<'_> {
     fn run<S: Simd>(mut self, _: S) {
         let cols = self.views[0].cols;
         let mut plain = vec![Bf16Block::zeroed(); cols.div_ceil(GROUP)];
-        for panel in self.blocks.rows() {
+        for panel in self.lines.rows() {
             plain.fill(Bf16Block::zeroed());
             pack_panel(self.views, panel, &mut plain);
-            let shape = [self.num_rows - panel * PANEL_ROWS, cols];
-            self.panels.row(panel)[0].compress(&plain, shape, self.blocks.row(panel));
+            let window = best_window(&plain) << MANTISSA;
+            let rows = self.num_rows - panel * PANEL_ROWS;
+            let spans = zip(plain.chunks(SPAN), self.lines.row(panel).chunks_mut(line_of(SPAN)));
+            for (span, (plain, lines)) in spans.enumerate() {
+                let shape = [rows, cols - span * SPAN * GROUP];
+                compress(window, plain, shape, lines, &mut self.crowds.row(panel)[0]);
+            }
         }
     }
 }
