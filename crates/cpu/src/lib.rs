@@ -186,7 +186,7 @@ fn linear<E: Element>(cpu: &mut Cpu, x: &Tensor, weight: &Matrix, out: &mut [E])
     let band_cols = cpu.band_cols(weight, rows);
     let Cpu { isa, ref mut team, ref mut scratch, .. } = *cpu;
     let x = scratch.operand(x, Order::Given, rows, weight.panels(), isa, team);
-    team.for_each(Grid::column_bands(out, weight.rows(), band_cols), |out| {
+    team.for_each_in_runs(Grid::column_bands(out, weight.rows(), band_cols), |out| {
         isa.run(Linear { x, weight, out });
     });
 }
@@ -409,7 +409,7 @@ impl Backend for Cpu {
         let Self { isa, ref mut team, ref mut scratch, .. } = *self;
         let x = scratch.operand(x, Order::Gathered(routing), routing.num_rows(), gate.panels(), isa, team);
         let grid = Grid::column_bands(act.bf16_mut(routing.num_rows()), features, band_cols);
-        team.for_each(grid, |act| isa.run(GateUp { x, experts, routing, act }));
+        team.for_each_in_runs(grid, |act| isa.run(GateUp { x, experts, routing, act }));
     }
 
     fn experts_down(&mut self, act: &Tensor, experts: &Experts, routing: &Routing, out: &mut Tensor) {
@@ -421,7 +421,7 @@ impl Backend for Cpu {
         let Self { isa, ref mut team, ref mut scratch, .. } = *self;
         let act = scratch.operand(act, Order::Given, routing.num_rows(), down.panels(), isa, team);
         let grid = Grid::column_bands(out.f32_mut(routing.num_tokens()), features, band_cols);
-        team.for_each(grid, |out| isa.run(Down { act, experts, routing, out }));
+        team.for_each_in_runs(grid, |out| isa.run(Down { act, experts, routing, out }));
     }
 
     fn gather_rows(&mut self, x: &Tensor, out: &mut Tensor) {

@@ -234,6 +234,11 @@ impl<B: Block> Blocks for Panels<B> {
     const ARE_MADE: bool = false;
 
     #[inline(always)]
+    fn num_panels(&self) -> usize {
+        self.blocks.len() / (self.num_groups * size_of::<B>())
+    }
+
+    #[inline(always)]
     fn num_groups(&self) -> usize {
         self.num_groups
     }

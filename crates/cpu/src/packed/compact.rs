@@ -164,6 +164,11 @@ impl Blocks for CompactPanels {
     const ARE_MADE: bool = true;
 
     #[inline(always)]
+    fn num_panels(&self) -> usize {
+        self.crowds.len()
+    }
+
+    #[inline(always)]
     fn num_groups(&self) -> usize {
         self.num_groups
     }

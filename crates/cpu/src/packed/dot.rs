@@ -90,6 +90,9 @@ pub(super) trait Blocks {
     /// Whether they are.
     const ARE_MADE: bool;
 
+    /// Panels.
+    fn num_panels(&self) -> usize;
+
     /// Blocks of a panel.
     fn num_groups(&self) -> usize;
 
@@ -140,7 +143,13 @@ pub(super) trait Blocks {
                         let (index, span) = if streamed { (outer, inner) } else { (inner, outer) };
                         let panel = panels.start + index;
                         let sums = &mut sums[index * num_tokens..][..num_tokens];
-                        let next = self.stored(panel, groups(span + spans_ahead));
+                        let next = match span + spans_ahead {
+                            // Most likely this thread will go on with the panel that follows.
+                            ahead if ahead >= num_spans && streamed && panel + 1 < self.num_panels() => {
+                                self.stored(panel + 1, groups(ahead - num_spans))
+                            }
+                            ahead => self.stored(panel, groups(ahead)),
+                        };
                         let mut prefetch = prefetch(simd, next, X::SPAN_BLOCKS * num_passes);
                         let blocks = self.blocks(panel, groups(span), &mut room, &mut prefetch);
                         let is_start = !streamed || span == 0;
