@@ -3,8 +3,8 @@
 //!
 //! Tasks are taken from a shared counter, so a thread that the system slows down takes fewer of them: one by one, or
 //! in runs of neighbours that become shorter as fewer are left (see Hummel, Schonberg and Flynn, "Factoring", 1992), so
-//! that a thread reads memory on where it was. After a job workers spin for some tens of microseconds, because the next verb usually follows at once, then park:
-//! an idle team costs nothing.
+//! that a thread reads memory on where it was. After a job workers spin for some tens of microseconds, because the next
+//! verb usually follows at once, then park: an idle team costs nothing.
 //!
 //! ```text
 //! caller   publish job ── take tasks ──────────── withdraw job ── wait until nobody is inside ──►
@@ -60,7 +60,7 @@ struct Job {
 #[derive(Clone, Copy)]
 enum Handout {
     One,
-    /// Half of a thread's equal share of those that are left.
+    /// A run of neighbours, half of a thread's equal share of those that are left.
     Run {
         num_threads: usize,
     },

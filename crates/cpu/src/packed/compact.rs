@@ -54,7 +54,7 @@ const MANTISSA: u32 = 7;
 const EXPONENT: u16 = 0xff;
 /// A code's sign and its other bits once it is shifted, with its sign, to where bf16 has its mantissa.
 const CODE: u16 = 0x87ff;
-/// A matrix is not compact if more than one weight of so many is a stray: they would take a bit of each weight.
+/// A matrix is not compact if more than one weight of so many is in a crowd: crowds would take a bit of each weight.
 const WEIGHTS_PER_STRAY: usize = 32;
 
 /// The bits of weights.
@@ -186,17 +186,17 @@ impl Blocks for CompactPanels {
         room: &'a mut Self::Room,
         mut meanwhile: impl FnMut(),
     ) -> &'a [Bf16Block] {
-        let (lines, room) = (self.panel(panel), &mut room[..groups.len()]);
-        let span = groups.start / SPAN * SPAN;
-        let (margin, blocks) = split_span(&lines[line_of(span)..line_of(groups.end)]);
+        let room = &mut room[..groups.len()];
+        let first = groups.start % SPAN;
+        let (margin, blocks) = split_span(self.stored(panel, groups.start - first..groups.end));
         let strays = match usize::from(margin.ends[SPAN - 1]) {
             ..=MARGIN_STRAYS => &margin.strays[..],
             _ => &self.crowds[panel][usize::from(margin.crowd)],
         };
-        for (index, (block, room)) in zip(&blocks[groups.start - span..], &mut *room).enumerate() {
+        for (index, room) in (first..).zip(&mut *room) {
             meanwhile();
-            block.expand(margin.window, room);
-            put_back(&strays[margin.range(groups.start - span + index)], room);
+            blocks[index].expand(margin.window, room);
+            put_back(&strays[margin.strays_of(index)], room);
         }
         room
     }
@@ -204,9 +204,9 @@ impl Blocks for CompactPanels {
 
 /// The parts of a span.
 #[inline(always)]
-fn split_span(lines: &[CacheLine]) -> (&Margin, &[CompactBlock]) {
-    let (margin, blocks) = lines.split_first().expect("a margin");
-    (bytemuck::cast_ref(margin), bytemuck::cast_slice(blocks))
+fn split_span(span: &[u8]) -> (&Margin, &[CompactBlock]) {
+    let (margin, blocks) = span.split_at(size_of::<Margin>());
+    (bytemuck::from_bytes(margin), bytemuck::cast_slice(blocks))
 }
 
 impl CompactBlock {
@@ -251,7 +251,7 @@ fn put_back(strays: &[Stray], block: &mut Bf16Block) {
 impl Margin {
     /// Where the strays of a block are among those of the span.
     #[inline(always)]
-    fn range(&self, block: usize) -> Range<usize> {
+    fn strays_of(&self, block: usize) -> Range<usize> {
         let start = if block == 0 { 0 } else { self.ends[block - 1] };
         start.into()..self.ends[block].into()
     }

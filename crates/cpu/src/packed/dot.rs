@@ -8,8 +8,9 @@
 //!
 //! A span is walked by all tokens before the next, so its weights come from memory once and from the L1 cache after
 //! that. With many tokens all panels walk a span before the next, so that the tokens' part of it stays in a cache too;
-//! few tokens take one panel after another, each a single stream from memory. Either way the spans that come next are
-//! asked for meanwhile, as the processor by itself stops at the end of every page.
+//! few tokens take one panel after another, a single stream from memory, and their sums stay on the matrix unit, if
+//! there is one, along the whole panel. Either way the spans that come next are asked for meanwhile, as the processor
+//! by itself stops at the end of every page.
 
 mod pairs;
 mod quad_tiles;
@@ -24,7 +25,7 @@ use super::block::Block;
 use crate::simd::{CACHE_LINE, Simd, TILE_TOKENS, TileUse};
 
 /// Most tokens that are worth no order but that of the weights in memory.
-const STREAMED_TOKENS: usize = 4;
+const STREAMED_TOKENS: usize = 16;
 /// Bytes by which memory is asked ahead for them.
 const STREAMED_AHEAD: usize = 4 << 10;
 /// Most tokens of a tile on any instruction set.
@@ -36,9 +37,9 @@ pub(super) struct Way<'a, B> {
     blocks: &'a [B],
     span: usize,
     first: usize,
-    /// Whether the sums are to be taken from where they are, and put back there: all spans in between leave them on the
-    /// matrix unit, if there is one.
+    /// Whether a matrix unit takes the sums up with this span, as it still has those of the span before if not.
     is_start: bool,
+    /// Whether it puts them back after it.
     is_end: bool,
 }
 
@@ -123,6 +124,7 @@ pub(super) trait Blocks {
         let (num_spans, num_tokens) = (x.num_spans(), rows.len());
         assert_eq!(num_spans, self.num_groups().div_ceil(X::SPAN_BLOCKS));
         assert_eq!(sums.len(), panels.len() * num_tokens);
+        const { assert!(STREAMED_TOKENS <= X::WALKED_TOKENS, "a matrix unit keeps their sums") };
         let streamed = num_tokens <= STREAMED_TOKENS;
         // A streamed span is walked in less time than memory takes to answer.
         let span_bytes = X::SPAN_BLOCKS * size_of::<Self::Block>();
@@ -199,8 +201,8 @@ fn walk_all<S: Simd, B: Block, X: Tokens<B>>(
     }
 }
 
-/// Asks for memory bit by bit, all of it in `num_calls` calls: memory takes only a few lines at a time, and what is needed
-/// now would have to wait.
+/// Asks for memory bit by bit, all of it in `num_calls` calls: memory takes only a few lines at a time, and what is
+/// needed now would have to wait.
 #[inline(always)]
 fn prefetch<S: Simd>(simd: S, bytes: &[u8], num_calls: usize) -> impl FnMut() {
     let mut lines = bytes.chunks(CACHE_LINE);
