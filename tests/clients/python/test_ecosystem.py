@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 
 import pytest
 from windrose import Server
@@ -56,6 +57,12 @@ TOOL = {
 def tell_time(city: str) -> str:
     assert city == "Hamburg"
     return json.dumps({"time": "15:43"})
+
+
+def with_time(ask: Callable[[], str]) -> str:
+    """Asks again if the time was miscopied, as the demo model does after one call's random id in some 750."""
+    answer = ask()
+    return answer if "15:43" in answer else ask()
 
 
 class get_time(pydantic.BaseModel):  # noqa: N801: the name of the tool that is made of it
@@ -127,17 +134,19 @@ class TestLiteLLM:
         assert whole.choices[0].finish_reason == "stop"
 
     def test_tool(self, options: dict[str, object]) -> None:
-        messages = [{"role": "user", "content": TIME}]
-        answer = litellm.completion(messages=messages, tools=[TOOL], **options)
-        assert answer.choices[0].finish_reason == "tool_calls"
-        call = answer.choices[0].message.tool_calls[0]
-        assert (call.function.name, json.loads(call.function.arguments)) == ("get_time", {"city": "Hamburg"})
-        messages += [answer.choices[0].message]
-        messages += [{"role": "tool", "tool_call_id": call.id, "content": tell_time("Hamburg")}]
-        assert (
-            "15:43"
-            in litellm.completion(messages=messages, tools=[TOOL], **options).choices[0].message.content
-        )
+        def ask() -> str:
+            messages = [{"role": "user", "content": TIME}]
+            answer = litellm.completion(messages=messages, tools=[TOOL], **options)
+            assert answer.choices[0].finish_reason == "tool_calls"
+            call = answer.choices[0].message.tool_calls[0]
+            function = (call.function.name, json.loads(call.function.arguments))
+            assert function == ("get_time", {"city": "Hamburg"})
+            messages += [answer.choices[0].message]
+            messages += [{"role": "tool", "tool_call_id": call.id, "content": tell_time("Hamburg")}]
+            answer = litellm.completion(messages=messages, tools=[TOOL], **options)
+            return answer.choices[0].message.content
+
+        assert "15:43" in with_time(ask)
 
     def test_structured_output(self, options: dict[str, object]) -> None:
         messages = [{"role": "user", "content": HANA}]
@@ -174,17 +183,16 @@ class TestPydanticAI:
     def test_tool(self, model: OpenAIChatModel) -> None:
         tool = pydantic_ai.Tool.from_schema(tell_time, "get_time", "Get the time in a city.", CITY)
         tool.strict = False
-        result = pydantic_ai.Agent(model, tools=[tool]).run_sync(TIME)
-        calls = [
-            part
-            for message in result.all_messages()
-            for part in message.parts
-            if part.part_kind == "tool-call"
-        ]
-        assert [(call.tool_name, call.args_as_dict()) for call in calls] == [
-            ("get_time", {"city": "Hamburg"})
-        ]
-        assert "15:43" in result.output
+
+        def ask() -> str:
+            result = pydantic_ai.Agent(model, tools=[tool]).run_sync(TIME)
+            parts = [part for message in result.all_messages() for part in message.parts]
+            calls = [part for part in parts if part.part_kind == "tool-call"]
+            functions = [(call.tool_name, call.args_as_dict()) for call in calls]
+            assert functions == [("get_time", {"city": "Hamburg"})]
+            return result.output
+
+        assert "15:43" in with_time(ask)
 
     def test_structured_output(self, model: OpenAIChatModel) -> None:
         person = pydantic_ai.Agent(model, output_type=pydantic_ai.NativeOutput(Person))

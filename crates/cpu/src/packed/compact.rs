@@ -392,6 +392,18 @@ mod tests {
     }
 
     #[test]
+    fn a_margin_has_room_up_to_its_last_stray_and_a_crowd_for_more() {
+        for num_strays in MARGIN_STRAYS - 1..=MARGIN_STRAYS + 2 {
+            let mut weights: Vec<u16> = (0..32 * 512).map(|i| 0x3c00 | i % 0x80).collect();
+            // All in the first of two spans, the last at its end.
+            for index in 0..num_strays {
+                weights[index * 512 + 255 - (num_strays - 1 - index) * 7] = index as u16;
+            }
+            assert_eq!(packed(&weights, 512).as_ref(), Some(&weights), "{num_strays} strays");
+        }
+    }
+
+    #[test]
     fn every_bf16_comes_back_from_a_window_that_has_it() {
         for window in 0..=EXPONENT + 1 - WINDOW {
             let first = window << MANTISSA;
