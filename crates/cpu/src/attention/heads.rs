@@ -197,8 +197,8 @@ pub(super) fn scale(
     }
 }
 
-/// Asks for a slot's part of keys and values. Keys that lie side by side are as long together as their slots' values, so each slot
-/// answers for as many of their cache lines.
+/// Asks for a slot's part of keys and values. Keys that lie side by side are as long together as their slots' values, so
+/// each slot answers for as many of their cache lines.
 #[inline(always)]
 fn prefetch<S: Simd, T>(simd: S, planes: [&[T]; 2], slot: usize, head_dim: usize) {
     for plane in planes {

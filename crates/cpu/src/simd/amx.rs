@@ -222,7 +222,7 @@ impl Tiles for Amx {
         unsafe {
             self.load_sums::<0>(rows(firsts[0]), SUMS_BYTES);
             if TILES == 2 {
-                self.load_sums::<1>(rows(firsts[1 % TILES]), SUMS_BYTES);
+                self.load_sums::<1>(rows(firsts[TILES - 1]), SUMS_BYTES);
             }
         }
     }
@@ -245,7 +245,7 @@ impl Tiles for Amx {
             self.load_pairs::<7>(&weights[1]);
             multiply!("tdpbf16ps", 1, 4, 7);
             if TILES == 2 {
-                self.load_tokens::<5, X>(&x[firsts[1 % TILES]..], group * PAIRS_BYTES, PAIRS_BYTES);
+                self.load_tokens::<5, X>(&x[firsts[TILES - 1]..], group * PAIRS_BYTES, PAIRS_BYTES);
                 multiply!("tdpbf16ps", 2, 5, 6);
                 multiply!("tdpbf16ps", 3, 5, 7);
             }
@@ -260,7 +260,7 @@ impl Tiles for Amx {
         unsafe {
             self.store_sums::<0>(rows(firsts[0]), SUMS_BYTES);
             if TILES == 2 {
-                self.store_sums::<1>(rows(firsts[1 % TILES]), SUMS_BYTES);
+                self.store_sums::<1>(rows(firsts[TILES - 1]), SUMS_BYTES);
             }
         }
     }
