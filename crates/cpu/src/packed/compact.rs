@@ -394,7 +394,7 @@ mod tests {
     #[test]
     fn a_margin_has_room_up_to_its_last_stray_and_a_crowd_for_more() {
         for num_strays in MARGIN_STRAYS - 1..=MARGIN_STRAYS + 2 {
-            let mut weights: Vec<u16> = (0..32 * 512).map(|i| 0x3c00 | i % 0x80).collect();
+            let mut weights: Vec<u16> = (0..32 * 512).map(|i| 0x3c00 | (i % 0x80)).collect();
             // All in the first of two spans, the last at its end.
             for index in 0..num_strays {
                 weights[index * 512 + 255 - (num_strays - 1 - index) * 7] = index as u16;
