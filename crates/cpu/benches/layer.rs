@@ -53,7 +53,7 @@ fn main() {
             formats.clone().map(move |weights| CpuOptions {
                 num_threads: Some(num_threads),
                 isa: Some(isa),
-                weights,
+                weights: weights.into(),
                 ..CpuOptions::default()
             })
         });

@@ -16,6 +16,7 @@
 mod attention;
 mod elementwise;
 mod experts;
+mod format;
 mod grid;
 mod isa;
 mod kv;
@@ -39,10 +40,11 @@ use backend::{
 use bytes::Bytes;
 use half::bf16;
 
+pub use crate::format::{WeightFormat, WeightFormats};
 pub use crate::isa::Isa;
 pub use crate::kv::{KvCache, KvFormat};
 pub use crate::limits::MemoryProbe;
-pub use crate::matrix::{Experts, Matrix, WeightFormat};
+pub use crate::matrix::{Experts, Matrix};
 pub use crate::packed::{ImageError, ImageKey, ImageUse, PackedMatrix};
 pub use crate::tensor::Tensor;
 
@@ -69,8 +71,8 @@ pub struct CpuOptions {
     pub num_threads: Option<usize>,
     /// Instruction set; `None`: the fastest that the machine has.
     pub isa: Option<Isa>,
-    /// The format in which the weights of products are kept.
-    pub weights: WeightFormat,
+    /// The formats in which the weights of products are kept.
+    pub weights: WeightFormats,
     /// The format in which keys and values are kept.
     pub kv_cache: KvFormat,
 }
@@ -78,9 +80,9 @@ pub struct CpuOptions {
 /// The CPU backend.
 pub struct Cpu {
     isa: Isa,
-    weights: WeightFormat,
+    weights: WeightFormats,
     kv_cache: KvFormat,
-    /// Most tokens of a tile of a product.
+    /// Most tokens of a tile of a product of experts.
     tile_tokens: usize,
     packer: Packer,
     size: WeightSize,
@@ -113,7 +115,7 @@ impl Cpu {
             isa,
             weights: options.weights,
             kv_cache: options.kv_cache,
-            tile_tokens: packed::tile_tokens(isa, options.weights),
+            tile_tokens: packed::tile_tokens(isa, WeightFormat::default()),
             packer: Packer::default(),
             size: WeightSize::default(),
             team: Team::new(num_threads),
@@ -166,15 +168,15 @@ impl Cpu {
 /// Of `out`.
 ///
 /// # Panics
-/// If the format is bf16.
+/// If all weights are kept in bf16.
 pub fn write_image(
     out: &mut (impl Write + Seek),
-    format: WeightFormat,
+    formats: WeightFormats,
     key: ImageKey,
     matrices: impl IntoIterator<Item = PackedMatrix>,
 ) -> io::Result<()> {
-    assert!(format.is_quantised(), "bf16 weights are packed at every start");
-    packed::write_image(out, format, key, matrices)
+    assert!(formats.is_quantised(), "bf16 weights are packed at every start");
+    packed::write_image(out, formats, key, matrices)
 }
 
 /// Computes a linear layer into `rows` rows of `out`.
@@ -234,7 +236,7 @@ impl Backend for Cpu {
             (MatrixUse::Lookup, [table]) => return Matrix::table(table, &mut self.team),
             (MatrixUse::Lookup, _) => panic!("a table to look rows up in has one part"),
             (MatrixUse::Exact, _) => WeightFormat::Bf16,
-            (MatrixUse::Product, _) => self.weights,
+            (MatrixUse::Product, _) => self.weights.of(parts),
         };
         let matrix = Matrix::packed(parts, format, &mut self.packer, self.isa, &mut self.team)?;
         if purpose == MatrixUse::Product {
@@ -246,6 +248,7 @@ impl Backend for Cpu {
     fn experts(&mut self, view: &ExpertsView) -> Result<Experts, BackendError> {
         let experts = Experts::new(view, self.weights, &mut self.packer, self.isa, &mut self.team)?;
         experts.matrices().for_each(|matrix| self.size.add(matrix));
+        self.tile_tokens = packed::tile_tokens(self.isa, self.weights.of(&view.gate));
         Ok(experts)
     }
 
@@ -482,8 +485,12 @@ mod tests {
                     (WeightFormat::Q4, 1.5, KvFormat::Bf16, 0.0),
                 ] {
                     println!("{} on {num_threads} threads, {} weights", isa.name(), weights.name());
-                    let options =
-                        CpuOptions { num_threads: Some(num_threads), isa: Some(isa), weights, kv_cache };
+                    let options = CpuOptions {
+                        num_threads: Some(num_threads),
+                        isa: Some(isa),
+                        weights: weights.into(),
+                        kv_cache,
+                    };
                     backend::conformance::check_all_quantised(
                         || Cpu::new(options),
                         Quantisation { products, attention },

@@ -8,10 +8,10 @@ use std::time::Instant;
 use backend::BackendError;
 use half::bf16;
 
+use crate::Cpu;
 use crate::isa::Kernel;
 use crate::simd::{LANE_ROWS, PAIR, Pair, QUAD, RowPairs, Simd, TILE_TOKENS, TileUse, Tiles};
 use crate::tensor::Buffer;
-use crate::{Cpu, WeightFormat};
 
 /// Bytes that one task reads, the order of what a task of a matrix product reads.
 const TASK_BYTES: usize = 1 << 18;
@@ -58,7 +58,7 @@ impl Cpu {
     /// Nothing is loaded, unpacked or scaled, so it bounds every matrix product on this instruction set. It takes
     /// milliseconds; the best of several calls is the limit of a machine whose clock changes or that is shared.
     pub fn dot_peak(&mut self) -> f64 {
-        let (isa, integers) = (self.isa, self.weights != WeightFormat::Bf16);
+        let (isa, integers) = (self.isa, self.weights.is_quantised());
         let num_tasks = DOT_TASKS_PER_THREAD * self.team.num_threads();
         let operations = AtomicU64::new(0);
         let start = Instant::now();
@@ -152,12 +152,16 @@ fn walk_quads<S: Simd, const CHAINS: usize>(simd: S) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::CpuOptions;
+    use crate::{CpuOptions, WeightFormat};
 
     /// Too fast would mean that the optimiser found a way around the work.
     #[test]
     fn limits_are_those_of_a_machine_that_can_exist() {
-        let options = |weights| CpuOptions { num_threads: Some(1), weights, ..CpuOptions::default() };
+        let options = |weights: WeightFormat| CpuOptions {
+            num_threads: Some(1),
+            weights: weights.into(),
+            ..CpuOptions::default()
+        };
         for weights in WeightFormat::ALL {
             let per_s = Cpu::new(options(weights)).dot_peak();
             assert!((1e8..2e13).contains(&per_s), "{per_s} operations per second on one thread, {weights:?}");

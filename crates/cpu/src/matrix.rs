@@ -13,6 +13,7 @@ use bytemuck::{Pod, Zeroable};
 use bytes::Bytes;
 use half::bf16;
 
+use crate::format::{WeightFormat, WeightFormats};
 use crate::grid::Grid;
 use crate::isa::Isa;
 use crate::numbers::Element;
@@ -82,18 +83,6 @@ impl PanelSums {
     }
 }
 
-/// In which format the weights of products are kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum WeightFormat {
-    /// As published, in 12 bits where that can be exact, which hardly a matrix resists.
-    #[default]
-    Bf16 = 16,
-    /// 8.5 bits, quantised when loaded.
-    Q8 = 8,
-    /// 4.5 bits, quantised when loaded.
-    Q4 = 4,
-}
-
 /// A matrix `[out, in]`, of one or more parts stacked along their rows.
 pub struct Matrix {
     rows: usize,
@@ -124,34 +113,6 @@ pub struct Experts {
     pub(crate) gate: Vec<Matrix>,
     pub(crate) up: Vec<Matrix>,
     pub(crate) down: Vec<Matrix>,
-}
-
-impl WeightFormat {
-    /// All formats, the most precise first.
-    pub const ALL: [Self; 3] = [Self::Bf16, Self::Q8, Self::Q4];
-
-    /// The name in settings and reports.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Bf16 => "bf16",
-            Self::Q8 => "q8",
-            Self::Q4 => "q4",
-        }
-    }
-
-    /// Whether weights are rounded to fewer bits than they usually have.
-    pub(crate) fn is_quantised(self) -> bool {
-        self != Self::Bf16
-    }
-
-    /// Most bits of a weight, its share of a scale included.
-    pub fn bits(self) -> f64 {
-        match self {
-            Self::Bf16 => 16.0,
-            Self::Q8 => 8.5,
-            Self::Q4 => 4.5,
-        }
-    }
 }
 
 impl Matrix {
@@ -249,18 +210,24 @@ impl Experts {
     /// As [`Matrix::packed`].
     pub(crate) fn new(
         view: &ExpertsView,
-        format: WeightFormat,
+        formats: WeightFormats,
         packer: &mut Packer,
         isa: Isa,
         team: &mut Team,
     ) -> Result<Self, BackendError> {
-        let mut matrices = |views: &[WeightView]| -> Result<Vec<Matrix>, BackendError> {
+        let gate_up = formats.of(view.gate.iter().chain(&view.up));
+        let down = formats.of(&view.down);
+        let mut matrices = |views: &[WeightView], format| -> Result<Vec<Matrix>, BackendError> {
             views
                 .iter()
                 .map(|view| Matrix::packed(std::slice::from_ref(view), format, packer, isa, team))
                 .collect()
         };
-        Ok(Self { gate: matrices(&view.gate)?, up: matrices(&view.up)?, down: matrices(&view.down)? })
+        Ok(Self {
+            gate: matrices(&view.gate, gate_up)?,
+            up: matrices(&view.up, gate_up)?,
+            down: matrices(&view.down, down)?,
+        })
     }
 
     /// All of them.

@@ -31,9 +31,10 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use backend::{BackendError, WeightView};
 use bytes::Bytes;
 
+use crate::format::{WeightFormat, WeightFormats};
 use crate::grid::{Grid, Tile};
 use crate::isa::{Isa, Kernel};
-use crate::matrix::{PanelSums, WeightFormat};
+use crate::matrix::PanelSums;
 use crate::operand::Operand;
 use crate::simd::{LANE_ROWS, Simd, TILE_TOKENS};
 use crate::team::Team;
@@ -81,12 +82,12 @@ impl Packer {
     pub(crate) fn use_image(
         &mut self,
         bytes: Bytes,
-        format: WeightFormat,
+        formats: WeightFormats,
         key: ImageKey,
         image_use: ImageUse,
         team: &mut Team,
     ) -> Result<(), ImageError> {
-        self.image = Some((Image::open(bytes, format, key, team)?, image_use));
+        self.image = Some((Image::open(bytes, formats, key, team)?, image_use));
         Ok(())
     }
 
@@ -115,7 +116,7 @@ impl Packer {
             return Ok(Packed::CompactBf16(panels));
         }
         if format.is_quantised()
-            && let Some(blocks) = self.take_from_image(rows, cols, team)?
+            && let Some(blocks) = self.take_from_image(format, rows, cols, team)?
             && let Some(packed) = Packed::from_blocks(format, rows, cols, blocks)
         {
             return Ok(packed);
@@ -127,20 +128,21 @@ impl Packer {
         }?;
         if let Some(recorder) = self.recorder.as_ref().filter(|_| format.is_quantised()) {
             // Nobody listens any more: then nobody wants it.
-            let _ = recorder.send(PackedMatrix { rows, cols, blocks: blocks.clone() });
+            let _ = recorder.send(PackedMatrix { format, rows, cols, blocks: blocks.clone() });
         }
         Ok(Packed::from_blocks(format, rows, cols, blocks).expect("blocks as many as the shape has"))
     }
 
-    /// The blocks of the image's next matrix; `None` if there is no image, or that matrix has another shape.
+    /// The blocks of the image's next matrix; `None` if there is no image, or that matrix has another format or shape.
     fn take_from_image(
         &mut self,
+        format: WeightFormat,
         rows: usize,
         cols: usize,
         team: &mut Team,
     ) -> Result<Option<Bytes>, BackendError> {
         let Some((image, image_use)) = &mut self.image else { return Ok(None) };
-        let (blocks, image_use) = (image.next(rows, cols), *image_use);
+        let (blocks, image_use) = (image.next(format, rows, cols), *image_use);
         if image.is_empty() {
             // What is used in place stays; what was copied need not be mapped any longer.
             self.image = None;
@@ -504,12 +506,13 @@ mod tests {
         };
         let first = [pack(&mut packer, 40, 0.0), pack(&mut packer, 8, 0.0)];
         let mut file = std::io::Cursor::new(Vec::new());
-        write_image(&mut file, WeightFormat::Q4, [1, 2], recorded.try_iter()).unwrap();
+        write_image(&mut file, WeightFormat::Q4.into(), [1, 2], recorded.try_iter()).unwrap();
 
         let file = Bytes::from(file.into_inner());
         for image_use in [ImageUse::InPlace, ImageUse::Copied] {
             let mut packer = Packer::default();
-            packer.use_image(file.clone(), WeightFormat::Q4, [1, 2], image_use, &mut Team::new(2)).unwrap();
+            let formats = WeightFormat::Q4.into();
+            packer.use_image(file.clone(), formats, [1, 2], image_use, &mut Team::new(2)).unwrap();
             // Other weights prove that the image was taken; a shape that it does not have, that it is not trusted.
             let taken = pack(&mut packer, 40, 5.0);
             assert_eq!(taken, first[0]);

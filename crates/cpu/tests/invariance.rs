@@ -199,8 +199,12 @@ impl Schedule {
 
 /// Runs a random schedule on three threads against every sequence alone, in one piece, on one thread.
 fn check(shape: &Shape, lens: &[usize], seed: u64, isa: Isa, weights: WeightFormat, kv_cache: KvFormat) {
-    let options =
-        |num_threads| CpuOptions { num_threads: Some(num_threads), isa: Some(isa), weights, kv_cache };
+    let options = |num_threads| CpuOptions {
+        num_threads: Some(num_threads),
+        isa: Some(isa),
+        weights: weights.into(),
+        kv_cache,
+    };
     let mut alone = Layer::new(shape, seed, options(1));
     let mut layer = Layer::new(shape, seed, options(3));
     let mut schedule = Schedule { draws: Draws(seed), block_size: shape.block_size, next_block: 0 };

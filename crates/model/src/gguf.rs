@@ -83,14 +83,20 @@ impl Gguf {
         &self.shards[0].contents.header
     }
 
-    /// The type that most elements have.
-    pub fn main_type(&self) -> WeightType {
-        let mut elements = HashMap::new();
-        for tensor in self.tensors() {
-            *elements.entry(tensor.dtype).or_insert(0) += tensor.shape.iter().product::<usize>();
+    /// How many weights that activations are multiplied with are stored in each type: those of all matrices but
+    /// routers, and of the table of tokens only where it is the output projection as well.
+    pub fn product_types(&self) -> HashMap<WeightType, usize> {
+        let is_tied = config::is_tied(self.tensors());
+        let products = self.tensors().filter(|tensor| {
+            let is_router = tensor.name.ends_with(".ffn_gate_inp.weight");
+            let is_table = tensor.name == "token_embd.weight";
+            tensor.shape.len() > 1 && !is_router && (is_tied || !is_table)
+        });
+        let mut weights = HashMap::new();
+        for tensor in products {
+            *weights.entry(tensor.dtype).or_default() += tensor.shape.iter().product::<usize>();
         }
-        let largest = elements.into_iter().max_by_key(|(_, elements)| *elements);
-        largest.map_or(WeightType::Bf16, |(dtype, _)| dtype)
+        weights
     }
 
     /// The shape of the model.

@@ -1,9 +1,10 @@
 //! Which device runs the model, in which formats, and why: a GPU where there is one that can, the processor elsewhere.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use cpu::{CpuOptions, Isa, KvFormat, WeightFormat};
+use cpu::{CpuOptions, Isa, KvFormat, WeightFormat, WeightFormats};
 use cuda::{Cuda, CudaOptions, DeviceInfo, KvFormat as GpuKvFormat, WeightFormat as GpuWeights};
 use model::{ModelConfig, ModelFiles, ModelSummary, RunnerOptions, WeightType};
 use tracing::info;
@@ -17,16 +18,18 @@ use crate::settings::Settings;
 const AUTOMATIC_CACHE_SHARE: u64 = 4;
 
 /// What runs the model, and in which formats.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub(crate) enum Device {
     Cpu(CpuFormats),
     Cuda { info: DeviceInfo, formats: GpuFormats },
 }
 
 /// What the processor keeps weights, and keys and values, in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct CpuFormats {
-    pub(crate) weights: WeightFormat,
+    pub(crate) weights: WeightFormats,
+    /// Bits of a weight on average, at most.
+    weight_bits: f64,
     pub(crate) kv_cache: KvFormat,
 }
 
@@ -62,7 +65,7 @@ impl Device {
         }
     }
 
-    /// What the settings call the format of its weights.
+    /// What the format of its weights is called, mostly as in the settings.
     pub(crate) fn weights(&self) -> &'static str {
         match self {
             Self::Cpu(formats) => formats.weights.name(),
@@ -73,7 +76,7 @@ impl Device {
     /// Bits that a weight takes on it.
     pub(crate) fn weight_bits(&self) -> f64 {
         match self {
-            Self::Cpu(formats) => formats.weights.bits(),
+            Self::Cpu(formats) => formats.weight_bits,
             Self::Cuda { formats, .. } => formats.weights.bits(),
         }
     }
@@ -110,15 +113,16 @@ impl Device {
 impl CpuFormats {
     fn choose(settings: &Settings, files: &ModelFiles, summary: &ModelSummary) -> Result<Self> {
         let (weights, kv_cache) = (&settings.weights, &settings.kv_cache);
-        let weights = match WeightFormat::ALL.into_iter().find(|format| format.name() == weights) {
-            Some(format) => format,
-            None if weights == "auto" => automatic_format(files, summary, memory::available_bytes()),
+        let named = WeightFormat::ALL.into_iter().find(|format| format.name() == weights);
+        let (weights, weight_bits) = match named {
+            Some(format) => (format.into(), format.bits()),
+            None if weights == "auto" => automatic_formats(files, summary, memory::available_bytes()),
             None => bail!(
                 "weights is \"{weights}\", expected \"auto\", \"bf16\", \"q8\" or \"q4\", or \"fp8\" on a GPU"
             ),
         };
         let kv_cache = named_kv_format(kv_cache).with_context(|| unknown_kv_format(kv_cache))?;
-        Ok(Self { weights, kv_cache })
+        Ok(Self { weights, weight_bits, kv_cache })
     }
 }
 
@@ -210,22 +214,31 @@ pub(crate) fn gpu_cache_bytes(
     })
 }
 
-/// The most precise format in which the weights fit, but none that is wasted on what is stored; the smallest if none
-/// fits.
-fn automatic_format(files: &ModelFiles, summary: &ModelSummary, available_bytes: u64) -> WeightFormat {
+/// The most precise formats in which the weights fit, but none that is wasted on what is stored, or the smallest if none
+/// fits; and the bits that a weight takes in them on average.
+fn automatic_formats(
+    files: &ModelFiles,
+    summary: &ModelSummary,
+    available_bytes: u64,
+) -> (WeightFormats, f64) {
     let stored = match files {
-        ModelFiles::Gguf(gguf) => gguf.main_type(),
-        ModelFiles::Directory(_) | ModelFiles::Embedded(_) => WeightType::Bf16,
+        ModelFiles::Gguf(gguf) => gguf.product_types(),
+        ModelFiles::Directory(_) | ModelFiles::Embedded(_) => HashMap::from([(WeightType::Bf16, 1)]),
     };
-    let precise = match stored {
-        WeightType::Bf16 | WeightType::F16 | WeightType::F32 => WeightFormat::Bf16,
-        WeightType::Q8_0 | WeightType::Q4K | WeightType::Q5K | WeightType::Q6K => WeightFormat::Q8,
-        // A group of 32 with one scale, as ours: it keeps its values.
-        WeightType::Q4_0 => WeightFormat::Q4,
-    };
-    let fits = |format: &WeightFormat| summary.weight_bytes(format.bits()) <= available_bytes;
-    let mut candidates = WeightFormat::ALL.into_iter().skip_while(|&format| format != precise);
-    candidates.find(fits).unwrap_or(WeightFormat::Q4)
+    let mut as_stored =
+        stored.iter().map(|(&stored, &weights)| (WeightFormat::keeping(stored), weights as f64));
+    // A file without matrices is refused when they are looked for.
+    let num_weights = as_stored.clone().map(|(_, weights)| weights).sum::<f64>().max(1.0);
+    let bits = as_stored.clone().map(|(format, weights)| format.bits() * weights).sum::<f64>() / num_weights;
+    let fits = |bits| summary.weight_bytes(bits) <= available_bytes;
+    if fits(bits) {
+        let (first, _) = as_stored.next().unwrap_or_default();
+        let is_one = as_stored.all(|(format, _)| format == first);
+        return (if is_one { first.into() } else { WeightFormats::AsStored }, bits);
+    }
+    let mut smaller = WeightFormat::ALL.into_iter().filter(|format| format.bits() < bits);
+    let format = smaller.find(|format| fits(format.bits())).unwrap_or(WeightFormat::Q4);
+    (format.into(), format.bits())
 }
 
 /// A GPU that can do all that the settings ask, or why there is none.

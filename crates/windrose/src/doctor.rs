@@ -22,7 +22,7 @@ pub(crate) fn run(settings: &Settings) -> Result<()> {
     let summary = ModelSummary::new(&model.config);
     let mut page = String::new();
     let weights = bytes(summary.weight_bytes(model.device.weight_bits()));
-    row(&mut page, "model", format!("{}, {weights} in {}", model.name, model.device.weights()));
+    row(&mut page, "model", format!("{}, {weights} of {} weights", model.name, model.device.weights()));
     let token = bytes(model.token_bytes());
     row(&mut page, "cache per token", format!("{token} in {}", model.device.kv_cache().name()));
     let runs_on = match (&model.device, usable_gpu(settings, &summary)) {

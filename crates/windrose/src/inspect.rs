@@ -66,13 +66,11 @@ fn capacity(model: &Model, summary: &ModelSummary, available_bytes: u64) -> Stri
     let available = bytes(available_bytes);
     let name = model.device.weights();
     match available_bytes.checked_sub(summary.weight_bytes(model.device.weight_bits())) {
-        None => format!("no: {available} of memory are available, less than the weights in {name}"),
+        None => format!("no: {available} of memory are available, less than {name} weights take"),
         Some(left) => {
             let tokens = left / token_bytes(summary, &model.config, model.device.kv_cache());
             let contexts = tokens / model.config.max_position_embeddings as u64;
-            format!(
-                "{tokens} tokens of cache in {available} beside the weights in {name}, {contexts} full contexts"
-            )
+            format!("{tokens} tokens of cache in {available} beside {name} weights, {contexts} full contexts")
         }
     }
 }

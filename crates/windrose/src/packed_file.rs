@@ -1,6 +1,6 @@
 //! A model's quantised weights as a file, so that the next start maps them instead of quantising again.
 //!
-//! The file is named after the format (`windrose-q8.packed`) and lies beside the model; a GGUF file's, or one in a
+//! The file is named after the formats (`windrose-q8.packed`) and lies beside the model; a GGUF file's, or one in a
 //! directory of its own, has the model's name before it. It is written under another name and renamed when whole. A file
 //! that is damaged, or was made of other weights, is made anew; one that cannot be written is only worth a warning.
 
@@ -9,7 +9,7 @@ use std::io::{BufWriter, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use cpu::{Cpu, ImageKey, ImageUse, PackedMatrix, WeightFormat};
+use cpu::{Cpu, ImageKey, ImageUse, PackedMatrix, WeightFormats};
 use model::ModelFiles;
 use tracing::{info, warn};
 
@@ -23,7 +23,7 @@ use crate::settings::Settings;
 pub(crate) struct PackedFile {
     directory: PathBuf,
     name: String,
-    format: WeightFormat,
+    formats: WeightFormats,
     key: ImageKey,
     image_use: ImageUse,
 }
@@ -34,12 +34,12 @@ impl PackedFile {
     /// # Errors
     /// If the model's files cannot be read.
     pub(crate) fn of(model: &Model, settings: &Settings) -> Result<Option<Self>> {
-        let Device::Cpu(CpuFormats { weights: format, .. }) = model.device else { return Ok(None) };
-        let wanted = format != WeightFormat::Bf16 && settings.packed_dir != "off";
+        let Device::Cpu(CpuFormats { weights: formats, .. }) = model.device else { return Ok(None) };
+        let wanted = formats.is_quantised() && settings.packed_dir != "off";
         if !wanted || settings.dummy_seed()?.is_some() {
             return Ok(None);
         }
-        let name = format!("windrose-{}.packed", format.name());
+        let name = format!("windrose-{}.packed", formats.name());
         let named = |model: &str| format!("{}.{name}", model.replace(['/', '\\'], "-"));
         let beside = match &model.files {
             ModelFiles::Embedded(_) => return Ok(None),
@@ -55,7 +55,7 @@ impl PackedFile {
         };
         let key = fingerprint::of_weights(&model.files)?;
         let image_use = if settings.copy_packed { ImageUse::Copied } else { ImageUse::InPlace };
-        Ok(Some(Self { directory, name, format, key, image_use }))
+        Ok(Some(Self { directory, name, formats, key, image_use }))
     }
 
     pub(crate) fn path(&self) -> PathBuf {
@@ -95,7 +95,7 @@ impl PackedFile {
         fs::create_dir_all(&self.directory)
             .with_context(|| format!("cannot make {}", self.directory.display()))?;
         let partial = self.directory.join(format!(".{}.{}.partial", self.name, std::process::id()));
-        let written = write_whole(&partial, self.format, self.key, matrices)
+        let written = write_whole(&partial, self.formats, self.key, matrices)
             .and_then(|size| fs::rename(&partial, path).map(|()| size));
         if written.is_err() {
             remove_if_there(&partial);
@@ -106,12 +106,12 @@ impl PackedFile {
 
 fn write_whole(
     path: &Path,
-    format: WeightFormat,
+    formats: WeightFormats,
     key: ImageKey,
     matrices: impl IntoIterator<Item = PackedMatrix>,
 ) -> std::io::Result<u64> {
     let mut out = BufWriter::new(File::create(path)?);
-    cpu::write_image(&mut out, format, key, matrices)?;
+    cpu::write_image(&mut out, formats, key, matrices)?;
     let file = out.into_inner()?;
     file.sync_all()?;
     Ok(file.metadata()?.len())

@@ -2,17 +2,23 @@
 
 use anyhow::{Context, Result};
 
+use crate::device::Device;
 use crate::inspect::bytes;
 use crate::load::Model;
 use crate::packed_file::PackedFile;
 use crate::settings::Settings;
 
-/// Quantises the model that the settings name, to q8 unless they say q4, and says where the result is.
+/// Quantises the model that the settings name for the processor, into the formats that its start would choose, or q8
+/// where that is bf16, and says where the result is.
 pub(crate) fn run(settings: &mut Settings) -> Result<()> {
-    if settings.weights == "auto" {
+    "cpu".clone_into(&mut settings.device);
+    let mut model = Model::find(settings)?;
+    if settings.weights == "auto"
+        && matches!(model.device, Device::Cpu(formats) if !formats.weights.is_quantised())
+    {
         "q8".clone_into(&mut settings.weights);
+        model = Model::find(settings)?;
     }
-    let model = Model::find(settings)?;
     let file = PackedFile::of(&model, settings)?.context(
         "there is nothing to write: give a model's directory (--model), weights \"q8\" or \"q4\", and a packed_dir \
          other than \"off\"",

@@ -182,7 +182,14 @@ fn every_instruction_set_of_the_cpu_is_batch_invariant() {
             continue;
         }
         for (weights, kv_cache) in WeightFormat::ALL.into_iter().zip(KvFormat::ALL.into_iter().cycle()) {
-            check(|| Cpu::new(CpuOptions { num_threads: Some(2), isa: Some(isa), weights, kv_cache }));
+            check(|| {
+                Cpu::new(CpuOptions {
+                    num_threads: Some(2),
+                    isa: Some(isa),
+                    weights: weights.into(),
+                    kv_cache,
+                })
+            });
         }
     }
 }

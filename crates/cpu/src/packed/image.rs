@@ -1,9 +1,9 @@
 //! Quantised matrices as bytes that outlive the process: written while a model loads, mapped at the next start.
 //!
 //! ```text
-//! header   magic, version, format, key of the source, number of matrices, place and checksum of the index
+//! header   magic, version, formats, key of the source, number of matrices, place and checksum of the index
 //! data     the blocks of matrix 0, of matrix 1, ...          each on a page of its own
-//! index    per matrix: rows, cols, place, length, checksum
+//! index    per matrix: format, rows, cols, place, length, checksum
 //! ```
 //!
 //! Matrices have no names: they come in the order in which a backend is asked for them, which a model's
@@ -17,14 +17,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use bytes::Bytes;
 use thiserror::Error;
 
-use crate::matrix::WeightFormat;
+use crate::format::{WeightFormat, WeightFormats};
 use crate::team::Team;
 
 const MAGIC: [u8; 16] = *b"windrose packed\n";
 /// To be raised with every change of the blocks, of quantisation or of this layout.
-const VERSION: u64 = 3;
+const VERSION: u64 = 4;
 const HEADER_BYTES: usize = MAGIC.len() + 7 * 8;
-const ENTRY_BYTES: usize = 5 * 8;
+const ENTRY_BYTES: usize = 6 * 8;
 /// Matrices start on pages.
 const ALIGNMENT: u64 = 4096;
 
@@ -43,7 +43,7 @@ pub enum ImageUse {
 /// Why an image cannot be used.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum ImageError {
-    /// It was made of other weights, in another format, or by another version.
+    /// It was made of other weights, in other formats, or by another version.
     #[error("it was made of other weights or by another version")]
     Stale,
     /// It is not what was written.
@@ -53,6 +53,7 @@ pub enum ImageError {
 
 /// A quantised matrix on its way into an image.
 pub struct PackedMatrix {
+    pub(crate) format: WeightFormat,
     pub(crate) rows: usize,
     pub(crate) cols: usize,
     pub(crate) blocks: Bytes,
@@ -66,6 +67,7 @@ pub(crate) struct Image {
 
 #[derive(Clone, Copy)]
 struct Entry {
+    format: u64,
     rows: u64,
     cols: u64,
     start: u64,
@@ -77,14 +79,14 @@ impl Image {
     /// Reads and verifies an image on all threads.
     ///
     /// # Errors
-    /// [`ImageError`] if it is not a whole image of this format and key.
+    /// [`ImageError`] if it is not a whole image of these formats and this key.
     pub(crate) fn open(
         bytes: Bytes,
-        format: WeightFormat,
+        formats: WeightFormats,
         key: ImageKey,
         team: &mut Team,
     ) -> Result<Self, ImageError> {
-        let index = read_header(&bytes, format, key)?;
+        let index = read_header(&bytes, formats, key)?;
         let entries: Vec<Entry> = bytes[index].as_chunks::<ENTRY_BYTES>().0.iter().map(Entry::read).collect();
         let ranges: Option<Vec<Range<usize>>> =
             entries.iter().map(|entry| entry.range(bytes.len())).collect();
@@ -106,10 +108,10 @@ impl Image {
         self.entries.len() == 0
     }
 
-    /// The next matrix, if it has the shape wanted.
-    pub(crate) fn next(&mut self, rows: usize, cols: usize) -> Option<Bytes> {
+    /// The next matrix, if it has the format and the shape wanted.
+    pub(crate) fn next(&mut self, format: WeightFormat, rows: usize, cols: usize) -> Option<Bytes> {
         let entry = self.entries.next()?;
-        let fits = (entry.rows, entry.cols) == (rows as u64, cols as u64);
+        let fits = (entry.format, entry.rows, entry.cols) == (format as u64, rows as u64, cols as u64);
         fits.then(|| self.bytes.slice(entry.range(self.bytes.len()).expect("`open` checked the range")))
     }
 }
@@ -122,7 +124,7 @@ impl Image {
 /// Of `out`.
 pub(crate) fn write(
     out: &mut (impl Write + Seek),
-    format: WeightFormat,
+    formats: WeightFormats,
     key: ImageKey,
     matrices: impl IntoIterator<Item = PackedMatrix>,
 ) -> io::Result<()> {
@@ -133,28 +135,35 @@ pub(crate) fn write(
         end = start + matrix.blocks.len() as u64;
         out.seek(SeekFrom::Start(start))?;
         out.write_all(&matrix.blocks)?;
-        let (rows, cols) = (matrix.rows as u64, matrix.cols as u64);
-        entries.push(Entry { rows, cols, start, len: end - start, checksum: checksum(&matrix.blocks) });
+        let (format, rows, cols) = (matrix.format as u64, matrix.rows as u64, matrix.cols as u64);
+        entries.push(Entry {
+            format,
+            rows,
+            cols,
+            start,
+            len: end - start,
+            checksum: checksum(&matrix.blocks),
+        });
     }
     let index: Vec<u8> = entries.iter().flat_map(|entry| entry.words()).flat_map(u64::to_le_bytes).collect();
     out.seek(SeekFrom::Start(end))?;
     out.write_all(&index)?;
     out.rewind()?;
-    let header = [VERSION, format as u64, key[0], key[1], entries.len() as u64, end, checksum(&index)];
+    let header = [VERSION, formats.code(), key[0], key[1], entries.len() as u64, end, checksum(&index)];
     out.write_all(&MAGIC)?;
     header.iter().try_for_each(|word| out.write_all(&word.to_le_bytes()))?;
     out.flush()
 }
 
 /// Checks the header; the place of the index.
-fn read_header(bytes: &[u8], format: WeightFormat, key: ImageKey) -> Result<Range<usize>, ImageError> {
+fn read_header(bytes: &[u8], formats: WeightFormats, key: ImageKey) -> Result<Range<usize>, ImageError> {
     let header = bytes.first_chunk::<HEADER_BYTES>().ok_or(ImageError::Damaged("it is too short"))?;
     let (magic, words) = header.split_at(MAGIC.len());
     if magic != MAGIC {
         return Err(ImageError::Damaged("it does not begin as one"));
     }
-    let [version, stored_format, key_0, key_1, num_matrices, start, stored_checksum] = words_of(words);
-    if (version, stored_format, [key_0, key_1]) != (VERSION, format as u64, key) {
+    let [version, stored_formats, key_0, key_1, num_matrices, start, stored_checksum] = words_of(words);
+    if (version, stored_formats, [key_0, key_1]) != (VERSION, formats.code(), key) {
         return Err(ImageError::Stale);
     }
     let index_bytes = num_matrices.checked_mul(ENTRY_BYTES as u64);
@@ -168,12 +177,12 @@ fn read_header(bytes: &[u8], format: WeightFormat, key: ImageKey) -> Result<Rang
 
 impl Entry {
     fn read(bytes: &[u8; ENTRY_BYTES]) -> Self {
-        let [rows, cols, start, len, checksum] = words_of(bytes);
-        Self { rows, cols, start, len, checksum }
+        let [format, rows, cols, start, len, checksum] = words_of(bytes);
+        Self { format, rows, cols, start, len, checksum }
     }
 
-    fn words(&self) -> [u64; 5] {
-        [self.rows, self.cols, self.start, self.len, self.checksum]
+    fn words(&self) -> [u64; 6] {
+        [self.format, self.rows, self.cols, self.start, self.len, self.checksum]
     }
 
     fn range(&self, image_bytes: usize) -> Option<Range<usize>> {
@@ -208,29 +217,35 @@ mod tests {
     fn matrices() -> Vec<PackedMatrix> {
         let blocks = |len: usize| (0..len).map(|i| (i * 31) as u8).collect::<Vec<_>>().into();
         [(3, 40, 5000), (64, 32, 1), (5, 5, 4096)]
-            .map(|(rows, cols, len)| PackedMatrix { rows, cols, blocks: blocks(len) })
+            .map(|(rows, cols, len)| PackedMatrix {
+                format: WeightFormat::Q8,
+                rows,
+                cols,
+                blocks: blocks(len),
+            })
             .into()
     }
 
     fn image() -> Vec<u8> {
         let mut out = Cursor::new(Vec::new());
-        write(&mut out, WeightFormat::Q8, KEY, matrices()).unwrap();
+        write(&mut out, WeightFormat::Q8.into(), KEY, matrices()).unwrap();
         out.into_inner()
     }
 
     fn open(bytes: Vec<u8>, format: WeightFormat, key: ImageKey) -> Result<Image, ImageError> {
-        Image::open(bytes.into(), format, key, &mut Team::new(1))
+        Image::open(bytes.into(), format.into(), key, &mut Team::new(1))
     }
 
     #[test]
     fn matrices_come_back_in_order() {
         let mut image = open(image(), WeightFormat::Q8, KEY).unwrap();
         for matrix in matrices() {
-            assert_eq!(image.next(matrix.rows, matrix.cols).unwrap(), matrix.blocks);
+            assert_eq!(image.next(matrix.format, matrix.rows, matrix.cols).unwrap(), matrix.blocks);
         }
-        assert!(image.next(1, 1).is_none());
+        assert!(image.next(WeightFormat::Q8, 1, 1).is_none());
         let mut image = open(self::image(), WeightFormat::Q8, KEY).unwrap();
-        assert!(image.next(3, 41).is_none(), "another shape");
+        assert!(image.next(WeightFormat::Q8, 3, 41).is_none(), "another shape");
+        assert!(image.next(WeightFormat::Q4, 64, 32).is_none(), "another format");
     }
 
     #[test]

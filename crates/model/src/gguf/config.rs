@@ -53,7 +53,7 @@ const NEUTRAL: [(&str, f64); 8] = [
 /// Reads and checks the shape of a model.
 pub(super) fn read<'a>(
     metadata: &Metadata,
-    mut tensors: impl Iterator<Item = &'a GgufTensor> + Clone,
+    tensors: impl Iterator<Item = &'a GgufTensor> + Clone,
 ) -> Result<ModelConfig, ModelError> {
     refuse_unsupported(metadata)?;
     if let Some(scaling) = tensors.clone().find(|tensor| tensor.name.starts_with("rope_f")) {
@@ -83,12 +83,17 @@ pub(super) fn read<'a>(
         },
         rms_norm_eps: number(metadata, "attention.layer_norm_rms_epsilon")?.unwrap_or(f64::NAN) as f32,
         rope_theta: number(metadata, "rope.freq_base")?.unwrap_or(DEFAULT_ROPE_THETA) as f32,
-        tie_word_embeddings: !tensors.any(|tensor| tensor.name == "output.weight"),
+        tie_word_embeddings: is_tied(tensors),
         eos_token_ids: eos_token_id.and_then(|id| u32::try_from(id).ok()).into_iter().collect(),
     };
     let named = |reason: String| metadata.error(format!("{reason} (keys by their names in config.json)"));
     config.check_sizes().map_err(named)?;
     Ok(config)
+}
+
+/// Whether the table of tokens is the output projection as well.
+pub(super) fn is_tied<'a>(mut tensors: impl Iterator<Item = &'a GgufTensor>) -> bool {
+    !tensors.any(|tensor| tensor.name == "output.weight")
 }
 
 fn attention(metadata: &Metadata) -> Result<AttentionShape, ModelError> {
