@@ -11,12 +11,14 @@
 //! expert 2      rows 3 4            rows 3 4                 gate and up rows of expert 2 × its 2 tokens
 //! ```
 
+use std::ops::Range;
+
 use backend::Routing;
 use half::bf16;
 
 use crate::grid::Tile;
 use crate::isa::Kernel;
-use crate::matrix::{CALL_TOKENS, Experts, PanelSums};
+use crate::matrix::{CALL_TOKENS, Experts, Matrix, PanelSums};
 use crate::numbers::{Element, silu};
 use crate::operand::Operand;
 use crate::simd::Simd;
@@ -44,8 +46,11 @@ impl Kernel for GateUp<'_> {
             let rows = self.routing.expert_range(expert);
             for first in rows.clone().step_by(CALL_TOKENS) {
                 let group = first..rows.end.min(first + CALL_TOKENS);
-                self.experts.gate[expert].dot(simd, cols.clone(), self.x, group.clone(), &mut gate);
-                self.experts.up[expert].dot(simd, cols.clone(), self.x, group, &mut up);
+                let [gates, ups] = [&self.experts.gate, &self.experts.up];
+                let then = ups[expert].beginning(cols.start);
+                gates[expert].dot(simd, cols.clone(), self.x, group.clone(), then, &mut gate);
+                let then = beginning_behind(gates, expert, &cols, self.routing);
+                ups[expert].dot(simd, cols.clone(), self.x, group, then, &mut up);
                 for ((token, col, gate), (.., up)) in gate.iter().zip(up.iter()) {
                     let act = self.act.row(first + token)[col..].iter_mut().zip(gate.iter().zip(up));
                     act.for_each(|(act, (&gate, &up))| *act = Element::from_f32(silu(gate) * up));
@@ -67,12 +72,14 @@ impl Kernel for Down<'_> {
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
         let mut sums = PanelSums::default();
+        let cols = self.out.cols();
         self.out.rows().for_each(|token| self.out.row(token).fill(0.0));
         for expert in 0..self.routing.num_experts() {
             let rows = self.routing.expert_range(expert);
             for first in rows.clone().step_by(CALL_TOKENS) {
                 let group = first..rows.end.min(first + CALL_TOKENS);
-                self.experts.down[expert].dot(simd, self.out.cols(), self.act, group, &mut sums);
+                let then = beginning_behind(&self.experts.down, expert, &cols, self.routing);
+                self.experts.down[expert].dot(simd, cols.clone(), self.act, group, then, &mut sums);
                 for (token, col, sums) in sums.iter() {
                     let assignment = self.routing.permutation[first + token] as usize;
                     let weight = self.routing.topk_weights[assignment];
@@ -81,6 +88,21 @@ impl Kernel for Down<'_> {
                 }
             }
         }
+    }
+}
+
+/// What a task reads first of the expert after this one; after the last, the next task of the first one.
+#[inline(always)]
+fn beginning_behind<'a>(
+    matrices: &'a [Matrix],
+    expert: usize,
+    cols: &Range<usize>,
+    routing: &Routing,
+) -> &'a [u8] {
+    let is_used = |expert: &usize| !routing.expert_range(*expert).is_empty();
+    match (expert + 1..matrices.len()).find(is_used) {
+        Some(next) => matrices[next].beginning(cols.start),
+        None => (0..=expert).find(is_used).map_or(&[], |first| matrices[first].beginning(cols.end)),
     }
 }
 

@@ -19,10 +19,11 @@ impl<E: Element> Kernel for Linear<'_, E> {
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
         let mut sums = PanelSums::default();
-        let tokens = self.out.rows();
+        let (tokens, cols) = (self.out.rows(), self.out.cols());
+        let then = self.weight.beginning(cols.end);
         for first in tokens.clone().step_by(CALL_TOKENS) {
             let group = first..tokens.end.min(first + CALL_TOKENS);
-            self.weight.dot(simd, self.out.cols(), self.x, group, &mut sums);
+            self.weight.dot(simd, cols.clone(), self.x, group, then, &mut sums);
             for (token, col, sums) in sums.iter() {
                 let out = self.out.row(first + token)[col..].iter_mut().zip(sums);
                 out.for_each(|(out, &sum)| *out = E::from_f32(sum));

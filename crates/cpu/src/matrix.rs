@@ -186,7 +186,14 @@ impl Matrix {
         packed
     }
 
-    /// Computes `weight[c] · x[r]` for all `rows` and whole panels of `cols`, of which the last may be cut short.
+    /// What is read first for the products of columns from `col` on, which begins a panel or is beyond the last.
+    #[inline(always)]
+    pub(crate) fn beginning(&self, col: usize) -> &[u8] {
+        self.panels().beginning(col)
+    }
+
+    /// Computes `weight[c] · x[r]` for all `rows` and whole panels of `cols`, of which the last may be cut short. `then`
+    /// is what the thread will most likely read next, and is asked for in time.
     ///
     /// # Panics
     /// If the operand is not in the form that the matrix multiplies.
@@ -197,9 +204,10 @@ impl Matrix {
         cols: Range<usize>,
         x: Operand<'_>,
         rows: Range<usize>,
+        then: &[u8],
         sums: &mut PanelSums,
     ) {
-        self.panels().dot(simd, cols, x, rows, sums);
+        self.panels().dot(simd, cols, x, rows, then, sums);
     }
 }
 

@@ -195,7 +195,20 @@ impl Packed {
         }
     }
 
-    /// Computes `weight[c] · x[r]` for whole panels of columns, of which the last may be cut short.
+    /// What is read first for the products of columns from `col` on, which begins a panel or is beyond the last.
+    #[inline(always)]
+    pub(crate) fn beginning(&self, col: usize) -> &[u8] {
+        let panel = col.div_ceil(PANEL_ROWS);
+        match self {
+            Self::Bf16(panels) => panels.beginning(panel),
+            Self::CompactBf16(panels) => panels.beginning(panel),
+            Self::Q8(panels) => panels.beginning(panel),
+            Self::Q4(panels) => panels.beginning(panel),
+        }
+    }
+
+    /// Computes `weight[c] · x[r]` for whole panels of columns, of which the last may be cut short. `then` is what the
+    /// thread will most likely read next.
     ///
     /// # Panics
     /// If the operand was not made for a matrix of this format.
@@ -206,16 +219,17 @@ impl Packed {
         cols: Range<usize>,
         x: Operand<'_>,
         rows: Range<usize>,
+        then: &[u8],
         sums: &mut PanelSums,
     ) {
         assert!(cols.start.is_multiple_of(PANEL_ROWS));
         let sums = sums.reset(cols.len(), rows.len());
         let panels = cols.start / PANEL_ROWS..cols.end.div_ceil(PANEL_ROWS);
         match (self, x) {
-            (Self::Bf16(all), Operand::Bf16(x)) => all.dot(simd, panels, x, rows, sums),
-            (Self::CompactBf16(all), Operand::Bf16(x)) => all.dot(simd, panels, x, rows, sums),
-            (Self::Q8(all), Operand::Quantised(x)) => all.dot(simd, panels, x, rows, sums),
-            (Self::Q4(all), Operand::Quantised(x)) => all.dot(simd, panels, x, rows, sums),
+            (Self::Bf16(all), Operand::Bf16(x)) => all.dot(simd, panels, x, rows, then, sums),
+            (Self::CompactBf16(all), Operand::Bf16(x)) => all.dot(simd, panels, x, rows, then, sums),
+            (Self::Q8(all), Operand::Quantised(x)) => all.dot(simd, panels, x, rows, then, sums),
+            (Self::Q4(all), Operand::Quantised(x)) => all.dot(simd, panels, x, rows, then, sums),
             _ => panic!("an operand has the form that its matrix multiplies"),
         }
     }
@@ -416,7 +430,7 @@ mod tests {
     impl Kernel for Dot<'_> {
         #[inline(always)]
         fn run<S: Simd>(self, simd: S) {
-            self.packed.dot(simd, self.cols, self.x, self.rows, self.sums);
+            self.packed.dot(simd, self.cols, self.x, self.rows, &[], self.sums);
         }
     }
 

@@ -113,7 +113,7 @@ impl Block for Q8Block {
 
 impl QuantisedBlock for Q8Block {
     const OFFSET: i32 = 128;
-    const FEWEST_TILED: usize = 5;
+    const FEWEST_TILED: usize = 14;
 
     #[inline(always)]
     fn scales(&self) -> &[[f16; LANE_ROWS]; 2] {
@@ -147,7 +147,7 @@ impl Block for Q4Block {
 
 impl QuantisedBlock for Q4Block {
     const OFFSET: i32 = 8;
-    const FEWEST_TILED: usize = 8;
+    const FEWEST_TILED: usize = 12;
 
     #[inline(always)]
     fn scales(&self) -> &[[f16; LANE_ROWS]; 2] {

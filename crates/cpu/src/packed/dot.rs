@@ -10,7 +10,7 @@
 //! that. With many tokens all panels walk a span before the next, so that the tokens' part of it stays in a cache too;
 //! few tokens take one panel after another, a single stream from memory, and their sums stay on the matrix unit, if
 //! there is one, along the whole panel. Either way the spans that come next are asked for meanwhile, as the processor
-//! by itself stops at the end of every page.
+//! by itself stops at the end of every page, and before a stream's end what its thread will read then.
 
 mod pairs;
 mod quad_tiles;
@@ -24,10 +24,8 @@ use super::PANEL_ROWS;
 use super::block::Block;
 use crate::simd::{CACHE_LINE, Simd, TILE_TOKENS, TileUse};
 
-/// Most tokens that are worth no order but that of the weights in memory.
-const STREAMED_TOKENS: usize = 16;
-/// Bytes by which memory is asked ahead for them.
-const STREAMED_AHEAD: usize = 4 << 10;
+/// Bytes by which memory is asked ahead for few tokens.
+const STREAMED_AHEAD: usize = 8 << 10;
 /// Most tokens of a tile on any instruction set.
 const MAX_TILE_TOKENS: usize = 8;
 
@@ -67,7 +65,8 @@ pub(super) trait Tokens<B>: Copy {
     const TILE_USE: TileUse;
     /// Fewest tokens for which a matrix unit is used where there is one.
     const FEWEST_TILED: usize;
-    /// Tokens that [`Self::walk_tiles`] walks at a time.
+    /// Tokens that [`Self::walk_tiles`] walks at a time, and the most that are worth no order but that of the weights in
+    /// memory.
     const WALKED_TOKENS: usize;
 
     /// As [`Self::walk`], with any number of rows, on a matrix unit whose tiles have as many tokens as there are, or
@@ -100,6 +99,18 @@ pub(super) trait Blocks {
     /// What some blocks of a panel are stored as.
     fn stored(&self, panel: usize, groups: Range<usize>) -> &[u8];
 
+    /// What is read first of a panel; nothing if it is beyond the last.
+    #[inline(always)]
+    fn beginning(&self, panel: usize) -> &[u8] {
+        match panel < self.num_panels() {
+            true => {
+                let num_groups = STREAMED_AHEAD.div_ceil(size_of::<Self::Block>());
+                self.stored(panel, 0..self.num_groups().min(num_groups))
+            }
+            false => &[],
+        }
+    }
+
     /// Blocks of a panel, at most as many as `room` is for. Before every block that is made it calls `meanwhile`.
     fn blocks<'a>(
         &'a self,
@@ -111,7 +122,7 @@ pub(super) trait Blocks {
 
     /// Adds to `sums[panel][t][r]` the product of row `r` of the panel with token `t`: the sum over its spans, in
     /// ascending order, of what [`Tokens::walk`] specifies. Every operation rounds in one order, so the bits are the
-    /// same in every tile.
+    /// same in every tile. `then` is what the thread will most likely read next.
     #[inline(always)]
     fn dot<S: Simd, X: Tokens<Self::Block>>(
         &self,
@@ -119,13 +130,13 @@ pub(super) trait Blocks {
         panels: Range<usize>,
         x: X,
         rows: Range<usize>,
+        then: &[u8],
         sums: &mut [[f32; PANEL_ROWS]],
     ) {
         let (num_spans, num_tokens) = (x.num_spans(), rows.len());
         assert_eq!(num_spans, self.num_groups().div_ceil(X::SPAN_BLOCKS));
         assert_eq!(sums.len(), panels.len() * num_tokens);
-        const { assert!(STREAMED_TOKENS <= X::WALKED_TOKENS, "a matrix unit keeps their sums") };
-        let streamed = num_tokens <= STREAMED_TOKENS;
+        let streamed = num_tokens <= X::WALKED_TOKENS;
         // A streamed span is walked in less time than memory takes to answer.
         let span_bytes = X::SPAN_BLOCKS * size_of::<Self::Block>();
         let spans_ahead = if streamed { STREAMED_AHEAD.div_ceil(span_bytes) } else { 1 };
@@ -146,11 +157,11 @@ pub(super) trait Blocks {
                         let panel = panels.start + index;
                         let sums = &mut sums[index * num_tokens..][..num_tokens];
                         let next = match span + spans_ahead {
-                            // Most likely this thread will go on with the panel that follows.
-                            ahead if ahead >= num_spans && streamed && panel + 1 < self.num_panels() => {
-                                self.stored(panel + 1, groups(ahead - num_spans))
+                            ahead if ahead < num_spans || !streamed => self.stored(panel, groups(ahead)),
+                            ahead if panel + 1 < panels.end => {
+                                part(self.beginning(panel + 1), ahead - num_spans, spans_ahead)
                             }
-                            ahead => self.stored(panel, groups(ahead)),
+                            ahead => part(then, ahead - num_spans, spans_ahead),
                         };
                         let mut prefetch = prefetch(simd, next, X::SPAN_BLOCKS * num_passes);
                         let blocks = self.blocks(panel, groups(span), &mut room, &mut prefetch);
@@ -199,6 +210,12 @@ fn walk_all<S: Simd, B: Block, X: Tokens<B>>(
             size => unreachable!("a tile of {size} tokens where {most} are the most"),
         };
     }
+}
+
+/// One of some equal parts of memory.
+#[inline(always)]
+fn part(bytes: &[u8], index: usize, num_parts: usize) -> &[u8] {
+    bytes.chunks(bytes.len().div_ceil(num_parts).max(1)).nth(index).unwrap_or_default()
 }
 
 /// Asks for memory bit by bit, all of it in `num_calls` calls: memory takes only a few lines at a time, and what is
