@@ -122,12 +122,13 @@ def parse_options() -> argparse.Namespace:
     add("--llama", type=path, metavar="DIR", help="binaries of llama.cpp")
     add("--ik", type=path, metavar="DIR", help="binaries of ik_llama.cpp, its bench patched")
     add("--threads", type=int, default=2)
-    add("--rounds", type=int, default=3)
-    add("--quick", action="store_true", help="one round, short answers, no long context")
+    add("--rounds", type=int, help="3 unless told, 1 if --quick")
+    add("--quick", action="store_true", help="short answers, and the long context only once")
     add("--json", type=path, metavar="FILE", help="also writes every number there")
     add("--readme", type=path, default=README, metavar="FILE", help="the page with the markers")
     options = parser.parse_args()
-    options.rounds = 1 if options.quick else options.rounds
+    if options.rounds is None:
+        options.rounds = 1 if options.quick else 3
     if min(options.rounds, options.threads) < 1:
         parser.error("--rounds and --threads are at least 1")
     if BEGIN not in options.readme.read_text():
@@ -143,7 +144,7 @@ class Race:
         self.scratch = scratch
         self.results = Results()
         decode = replace(DECODE, output_len=8) if options.quick else DECODE
-        self.jobs = [PREFILL, decode] + [LONG] * (not options.quick)
+        self.jobs = [PREFILL, decode, LONG]
         self.bins = {LLAMA: options.llama, IK: options.ik}
         models = {"slice": options.model, "tiny": options.tiny}
         self.models = {name: file for name, file in models.items() if file}
@@ -155,15 +156,16 @@ class Race:
     def run(self) -> None:
         if self.options.llama or self.options.ik:
             self.quantise_all()
-        for round_index in range(self.options.rounds):
-            for job in self.jobs:
-                self.measure_all(job, round_index)
-            self.serve_all(round_index)
         for weights in RIVALS:
             with self.noting(f"{WINDROSE} {weights}", "answers of the demo model"):
                 with self.serving(*self.our_server(weights)) as url:
                     counts = exact_answers.in_all(exact_answers.count(url))
                 self.results.exact_answers[weights] = counts
+        for round_index in range(self.options.rounds):
+            for job in self.jobs:
+                if round_index == 0 or job != LONG or not self.options.quick:
+                    self.measure_all(job, round_index)
+            self.serve_all(round_index)
 
     def quantise_all(self) -> None:
         """Makes what peers read and nobody has made yet."""
