@@ -75,7 +75,7 @@ def score_llama(url: str, prompt: list[int]) -> Scores:
 
 def score_windrose(url: str, prompt: list[int]) -> Scores:
     """What follows a prompt is scored where another token follows it, whichever."""
-    body = {"model": "any", "prompt": [*prompt, START], "max_tokens": 1, "prompt_logprobs": TOP}
+    body = {"prompt": [*prompt, START], "max_tokens": 1, "prompt_logprobs": TOP}
     [choice] = post(f"{url}/v1/completions", body)["choices"]
     scores = {int(token): entry["logprob"] for token, entry in choice["prompt_logprobs"][-1].items()}
     scores.pop(START)
