@@ -28,7 +28,7 @@ pub(crate) enum Device {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct CpuFormats {
     pub(crate) weights: WeightFormats,
-    /// Bits of a weight on average, at most.
+    /// Bits of a weight on average, nearly: what is stacked with a finer matrix takes as many as that.
     weight_bits: f64,
     pub(crate) kv_cache: KvFormat,
 }
@@ -215,7 +215,7 @@ pub(crate) fn gpu_cache_bytes(
 }
 
 /// The most precise formats in which the weights fit, but none that is wasted on what is stored, or the smallest if none
-/// fits; and the bits that a weight takes in them on average.
+/// fits; and the bits that a weight takes in them on average, nearly.
 fn automatic_formats(
     files: &ModelFiles,
     summary: &ModelSummary,
