@@ -11,13 +11,15 @@
 //! bf16          s eeeeeeee mmmmmmm
 //! code          s     wwww mmmmmmm                  w = e - the first exponent of the window
 //!
-//! four lines of a block     line 0    line 1    line 2    line 3: abcd, four bits each
-//! in the room of three      code a.   code b.   code c.           a, b, c follow the codes of the others
+//! four lines    s dddd wwww mmmmmmm                 line 0, and of line 3   wwww
+//! of a block    s dddd wwww mmmmmmm                 line 1, and of line 3        mmmm
+//! in three      s dddd wwww mmmmmmm                 line 2, and of line 3   s        mmm
 //!
 //! a panel       margin │ 8 blocks │ margin │ 8 blocks │ ...       in the order in which memory is read
 //! ```
 //!
-//! All four codes of a place come from the same place of three lines, so this is one loop for all instruction sets.
+//! All four codes of a place come from the same place of three lines, so this is one loop for all instruction sets. The
+//! bits of a code are where bf16 has them, so that three weights of four are made with a mask and a sum.
 //!
 //! A matrix with many strays stays as it is. Codes of a length of their own, which would take 11 bits, are not here:
 //! they must be decoded one after the other.
@@ -52,8 +54,12 @@ const WINDOW: u16 = 16;
 const MANTISSA: u32 = 7;
 /// Bits of an exponent.
 const EXPONENT: u16 = 0xff;
-/// A code's sign and its other bits once it is shifted, with its sign, to where bf16 has its mantissa.
-const CODE: u16 = 0x87ff;
+/// The sign of bf16, and of a code.
+const SIGN: u16 = 0x8000;
+/// A code's exponent in its window, and its mantissa.
+const MAGNITUDE: u16 = 0x07ff;
+/// The parts of a fourth line's code that the others carry, each in the four bits that are free.
+const CARRIED: [u16; 3] = [0x0780, 0x0078, SIGN | 0x0007];
 /// A matrix is not compact if more than one weight of so many is in a crowd: crowds would take a bit of each weight.
 const WEIGHTS_PER_STRAY: usize = 32;
 
@@ -213,13 +219,16 @@ impl CompactBlock {
     /// Makes weights of the codes. Where strays belong they are any.
     #[inline(always)]
     fn expand(&self, window: u16, out: &mut Bf16Block) {
-        let weight = |code: u16| ((code.cast_signed() >> 4).cast_unsigned() & CODE).wrapping_add(window);
+        let weight = |code: u16| (code & (SIGN | MAGNITUDE)).wrapping_add(window);
         for (lines, [a, b, c]) in zip(bytemuck::cast_mut::<_, Lines>(out), &self.0) {
             for i in 0..LINE {
                 lines[0][i] = weight(a[i]);
                 lines[1][i] = weight(b[i]);
                 lines[2][i] = weight(c[i]);
-                lines[3][i] = weight(a[i] << 12 | b[i] << 8 & 0x0f00 | c[i] << 4 & 0x00f0);
+                // The carried sign goes to the top, and between it and the mantissa's end into bits that are masked.
+                let ends = ((c[i] << 1).cast_signed() >> 12).cast_unsigned();
+                let carried = a[i] >> 4 & CARRIED[0] | b[i] >> 8 & CARRIED[1] | ends & CARRIED[2];
+                lines[3][i] = carried.wrapping_add(window);
             }
         }
     }
@@ -227,13 +236,13 @@ impl CompactBlock {
     /// Makes codes of weights, those of strays too, whose exponents are then cut short.
     #[inline(always)]
     fn compress(&mut self, window: u16, block: &Bf16Block) {
-        let code = |bits: u16| bits.wrapping_sub(window) << 4 & 0x7ff0 | bits & 0x8000;
+        let code = |bits: u16| bits & SIGN | bits.wrapping_sub(window) & MAGNITUDE;
         for (lines, [a, b, c]) in zip(bytemuck::cast_ref::<_, Lines>(block), &mut self.0) {
             for i in 0..LINE {
-                let last = code(lines[3][i]) >> 4;
-                a[i] = code(lines[0][i]) | last >> 8;
-                b[i] = code(lines[1][i]) | last >> 4 & 15;
-                c[i] = code(lines[2][i]) | last & 15;
+                let last = code(lines[3][i]);
+                a[i] = code(lines[0][i]) | (last & CARRIED[0]) << 4;
+                b[i] = code(lines[1][i]) | (last & CARRIED[1]) << 8;
+                c[i] = code(lines[2][i]) | (last & CARRIED[2]) << 11 | (last & SIGN) >> 1;
             }
         }
     }
