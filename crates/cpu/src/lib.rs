@@ -61,8 +61,12 @@ use crate::packed::{PANEL_ROWS, Packer};
 use crate::team::Team;
 use crate::tensor::{Rows, Values};
 
-/// Rows from which on several panels share them in a task.
+/// Rows from which on the panels of a task share them.
 const MANY_ROWS: usize = 32;
+/// Most panels of a task that share many rows.
+const SHARING_PANELS: usize = 4;
+/// Most panels of a task that few rows take one after another: a stream from memory, which is slow to begin.
+const STREAMED_PANELS: usize = 8;
 
 /// How to run.
 #[derive(Debug, Clone, Copy, Default)]
@@ -145,14 +149,11 @@ impl Cpu {
         self.packer.record()
     }
 
-    /// Output columns of a task that multiplies so many rows, so that every thread gets several tasks: one panel, or
-    /// several that share the rows if these are many.
+    /// Output columns of a task that multiplies so many rows, so that every thread gets several tasks.
     fn band_cols(&self, weight: &Matrix, num_rows: usize) -> usize {
-        if num_rows < MANY_ROWS {
-            return PANEL_ROWS;
-        }
+        let most_panels = if num_rows < MANY_ROWS { STREAMED_PANELS } else { SHARING_PANELS };
         let cols = weight.rows() / (4 * self.team.num_threads());
-        cols.next_multiple_of(PANEL_ROWS).clamp(PANEL_ROWS, 4 * PANEL_ROWS)
+        cols.next_multiple_of(PANEL_ROWS).clamp(PANEL_ROWS, most_panels * PANEL_ROWS)
     }
 
     /// Rows of a band, so that every thread gets several, but each band is worth waking a thread for.
