@@ -242,6 +242,7 @@ impl CompactBlock {
                 let last = code(lines[3][i]);
                 a[i] = code(lines[0][i]) | (last & CARRIED[0]) << 4;
                 b[i] = code(lines[1][i]) | (last & CARRIED[1]) << 8;
+                // Of the third part the first shift drops the sign, which the second takes beside the mantissa's end.
                 c[i] = code(lines[2][i]) | (last & CARRIED[2]) << 11 | (last & SIGN) >> 1;
             }
         }
